@@ -1,0 +1,390 @@
+"""The command line. Answers and documents go to stdout; progress, logs and errors to stderr.
+
+Exit codes: 0 done, 1 failed at run time, 2 wrong usage. Each command imports what it needs when it
+runs, so that help is quick; what the commands do lives elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from mmserve import __version__, log
+from mmserve.errors import BadRequest, MMServeError
+
+if TYPE_CHECKING:
+    from mmserve.batch.answerers import Answerer
+    from mmserve.llm import LLM
+    from mmserve.request import MediaOptions, Methods
+
+T = TypeVar("T")
+
+app = typer.Typer(
+    name="mmserve",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+METHODS = "Methods"
+FRAMES = "Frames and answer"
+
+Model = Annotated[
+    str, typer.Option(help="The embedded 'tiny', a Hugging Face directory, or a hub name.", metavar="M")
+]
+Prune = Annotated[
+    str, typer.Option(help="Drops or merges visual tokens.", metavar="NAME", rich_help_panel=METHODS)
+]
+Keep = Annotated[
+    float, typer.Option(help="Share of visual tokens --prune keeps.", metavar="R", rich_help_panel=METHODS)
+]
+Attention = Annotated[
+    str, typer.Option(help="How the prompt attends to itself.", metavar="NAME", rich_help_panel=METHODS)
+]
+KV = Annotated[
+    str, typer.Option("--kv", help="Drops slots of the KV cache.", metavar="NAME", rich_help_panel=METHODS)
+]
+KVBudget = Annotated[
+    float | None,
+    typer.Option(
+        help="What --kv keeps: up to 1 a share of the visual slots, above 1 slots per head.",
+        metavar="N_OR_RATIO",
+        rich_help_panel=METHODS,
+    ),
+]
+KVDtype = Annotated[
+    str, typer.Option(help="How the KV cache is stored.", metavar="NAME", rich_help_panel=METHODS)
+]
+NumFrames = Annotated[
+    int | None,
+    typer.Option(help="Sample N frames, evenly spread.", min=1, metavar="N", rich_help_panel=FRAMES),
+]
+Fps = Annotated[
+    float | None,
+    typer.Option(help="Sample F frames per second instead.", metavar="F", rich_help_panel=FRAMES),
+]
+MaxTokens = Annotated[
+    int, typer.Option(help="Longest answer, in tokens.", min=1, metavar="N", rich_help_panel=FRAMES)
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(help="The server's key.", envvar="MMSERVE_API_KEY", metavar="K", show_envvar=True),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Vision-language models served in three stages: encode, prefill, decode.
+
+    Each stage can be made smaller: visual tokens pruned, attention sparse, the KV cache compressed.
+    """
+    if version:
+        typer.echo(f"mmserve {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def ask(
+    inputs: Annotated[list[str], typer.Argument(metavar='FILE_OR_URL... "QUESTION"', show_default=False)],
+    model: Model = "tiny",
+    prune: Prune = "none",
+    keep: Keep = 1.0,
+    attention: Attention = "dense",
+    kv: KV = "none",
+    kv_budget: KVBudget = None,
+    kv_dtype: KVDtype = "auto",
+    num_frames: NumFrames = None,
+    fps: Fps = None,
+    max_tokens: MaxTokens = 64,
+    epd: Annotated[
+        str | None,
+        typer.Option(help="Encode, prefill and decode processes; all in this one by default."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a question about images and videos; it comes last: mmserve ask clip.mp4 "What happens?" """
+    if len(inputs) < 2:
+        raise typer.BadParameter('Expected files or URLs and then a "question"')
+    from mmserve import ask as asking
+
+    methods, options = _methods(prune, keep, attention, kv, kv_budget, kv_dtype), _options(num_frames, fps)
+    workers = _epd(epd)
+    conversation = asking.messages(inputs[:-1], inputs[-1])
+    with _llm(model, methods, options, workers) as llm:
+        asking.ask(llm, conversation, max_tokens=max_tokens, as_json=as_json)
+
+
+@app.command()
+def batch(
+    questions: Annotated[
+        Path, typer.Argument(help="A JSON line per question, own or OpenAI's.", exists=True, dir_okay=False)
+    ],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Where answers go; continued if it exists.")
+    ] = None,
+    model: Model = "tiny",
+    prune: Prune = "none",
+    keep: Keep = 1.0,
+    attention: Attention = "dense",
+    kv: KV = "none",
+    kv_budget: KVBudget = None,
+    kv_dtype: KVDtype = "auto",
+    num_frames: NumFrames = None,
+    fps: Fps = None,
+    max_tokens: MaxTokens = 64,
+    epd: Annotated[str, typer.Option(help="Encode, prefill and decode processes.")] = "1,1,1",
+    server: Annotated[str | None, typer.Option(help="Ask a running server instead.", metavar="URL")] = None,
+    api_key: ApiKey = None,
+    concurrency: Annotated[int, typer.Option(help="Questions in flight together.", min=1, metavar="N")] = 16,
+    limit: Annotated[int | None, typer.Option(help="Take the first N questions.", min=1, metavar="N")] = None,
+    shard: Annotated[str, typer.Option(help="Take the i-th of n shares.", metavar="i/n")] = "1/1",
+    retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Ask again what failed.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check every row and its files; answer nothing.")
+    ] = False,
+    table: Annotated[bool, typer.Option("--table", help="Print questions and answers at the end.")] = False,
+) -> None:
+    """Answer a file of questions.
+
+    A run that was stopped continues when the same command is given again. Where the questions come
+    with answers, the last line printed is the accuracy.
+    """
+    if output is None and not dry_run:
+        raise typer.BadParameter("Expected a file for the answers: -o ANSWERS.jsonl")
+    from mmserve.batch import command
+    from mmserve.batch.answerers import LocalAnswerer, ServerAnswerer, extensions
+    from mmserve.batch.runner import parse_shard
+
+    methods, options = _methods(prune, keep, attention, kv, kv_budget, kv_dtype), _options(num_frames, fps)
+    workers = _epd(epd)
+    job = command.Job(
+        questions=questions,
+        output=output or Path(os.devnull),
+        methods=None if server else methods,
+        max_tokens=max_tokens,
+        concurrency=concurrency,
+        limit=limit,
+        shard=_usage(lambda: parse_shard(shard)),
+        retry_errors=retry_errors,
+        table=table,
+    )
+
+    @contextmanager
+    def answerer() -> Iterator[Answerer]:
+        if server:
+            fields = extensions(methods, options)
+            remote = ServerAnswerer(server, api_key=api_key, extensions=fields, concurrency=concurrency)
+            with closing(remote):
+                yield remote
+        else:
+            with _llm(model, methods, options, workers) as llm:
+                yield LocalAnswerer(llm, methods, options)
+
+    raise typer.Exit(command.dry_run(job) if dry_run else command.answer(job, answerer))
+
+
+@app.command("eval")
+def evaluate(
+    suite: Annotated[str, typer.Option(help="Which questions: a comma list, or all.", metavar="NAME[,NAME]")],
+    model: Model = "tiny",
+    prune: Prune = "none",
+    keep: Annotated[
+        str | None,
+        typer.Option(help="Shares --prune keeps; by default 0.25.", metavar="R", rich_help_panel=METHODS),
+    ] = None,
+    attention: Attention = "dense",
+    kv: KV = "none",
+    kv_budget: Annotated[
+        str | None,
+        typer.Option(help="Budgets of --kv; by default 0.25.", metavar="N_OR_RATIO", rich_help_panel=METHODS),
+    ] = None,
+    kv_dtype: KVDtype = "auto",
+    num_frames: NumFrames = None,
+    fps: Fps = None,
+    limit: Annotated[int, typer.Option(help="Questions of each suite.", min=1, metavar="N")] = 100,
+    suite_seed: Annotated[int, typer.Option(help="Another seed, other clips.", min=0, metavar="N")] = 0,
+    outputs: Annotated[
+        Path | None, typer.Option(help="Write a JSON line per question and setting.", metavar="F")
+    ] = None,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", help="Write the report as JSON; - prints it.", metavar="OUT")
+    ] = None,
+) -> None:
+    """Measure accuracy beside speed and memory, as a Markdown table.
+
+    Method options take comma lists or all; every combination is compared with the dense run, which
+    is always among them. Ratios below 1 mean less than dense.
+    """
+    from mmserve.evaluation import run
+
+    every_frame = num_frames is None and fps is None
+    plan = run.Plan(
+        suites=_usage(lambda: run.suite_names(suite)),
+        sweep=_usage(
+            lambda: run.sweep(
+                prune=prune, keep=keep, attention=attention, kv=kv, kv_budget=kv_budget, kv_dtype=kv_dtype
+            )
+        ),
+        limit=limit,
+        seed=suite_seed,
+        options=_options(run.ALL_FRAMES if every_frame else num_frames, fps),
+    )
+    code = run.command(
+        plan,
+        model,
+        lambda methods: _llm(model, methods, plan.options, None),
+        outputs=outputs,
+        json_out=json_out,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def serve(
+    model: Annotated[str | None, typer.Argument(help="Default: tiny, or what the file says.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML; other options win.", metavar="F.yaml", exists=True, dir_okay=False),
+    ] = None,
+    epd: Annotated[
+        str | None, typer.Option(help="Encode, prefill and decode workers; 1,1,1 by default.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="127.0.0.1 by default.")] = None,
+    port: Annotated[int | None, typer.Option(help="8000 by default, 0 takes any.", min=0, max=65535)] = None,
+    api_key: ApiKey = None,
+    demo: Annotated[bool, typer.Option("--demo", help="Also serve the demo page.")] = False,
+) -> None:
+    """Serve a model over HTTP with OpenAI's API."""
+    from mmserve.config import ServeConfig, load_config
+
+    resolved = load_config(config) if config else ServeConfig()
+    given = {
+        "model": model,
+        "epd": _epd(epd),
+        "host": host,
+        "port": port,
+        "api_key": None if api_key is None else (api_key,),
+    }
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    resolved = replace(resolved, **changes)
+    from mmserve.workers.supervisor import serve as run
+
+    raise typer.Exit(run(resolved, demo=demo))
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Show what this machine has and what it lacks; fails when something required is missing."""
+    from mmserve import doctor as doctoring
+
+    found = doctoring.report()
+    typer.echo(json.dumps(found) if as_json else doctoring.render(found))
+    raise typer.Exit(1 if any(lack["required"] for lack in found["missing"]) else 0)
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """List the methods that make each stage smaller."""
+    from mmserve import catalogue
+
+    entries = catalogue.describe()
+    typer.echo(json.dumps(entries) if as_json else catalogue.render(entries))
+
+
+@app.command("check-config")
+def check_config(
+    config: Annotated[Path, typer.Argument(metavar="F.yaml", exists=True, dir_okay=False)],
+) -> None:
+    """Check a configuration file and print it with every default and limit filled in."""
+    import yaml
+
+    from mmserve import catalogue
+    from mmserve.config import load_config, to_mapping
+    from mmserve.request import Methods
+
+    mapping = to_mapping(load_config(config), hide_keys=True)
+    catalogue.check(Methods(**mapping["methods"]))
+    typer.echo(yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True).rstrip())
+
+
+def main() -> int:
+    """Run the command line; the exit code. Errors are one line on stderr, MMSERVE_LOG=debug shows all."""
+    try:
+        log.setup(os.environ.get("MMSERVE_LOG") or "warning")
+        app()
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    except MMServeError as error:
+        return _failed(error.public_message)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:  # a mistake of ours: still one line, unless debugging
+        return _failed(f"{type(error).__name__}: {error}")
+    return 0
+
+
+def _failed(message: str) -> int:
+    logging.getLogger(__name__).debug("failed", exc_info=True)
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    return 1
+
+
+def _usage(check: Callable[[], T]) -> T:
+    """What `check` returns; what it finds wrong is wrong usage."""
+    try:
+        return check()
+    except BadRequest as error:
+        raise typer.BadParameter(error.public_message) from error
+
+
+def _methods(
+    prune: str, keep: float, attention: str, kv: str, kv_budget: float | None, kv_dtype: str
+) -> Methods:
+    from mmserve import catalogue
+    from mmserve.request import Methods
+
+    found = Methods(
+        prune=prune, keep=keep, attention=attention, kv=kv, kv_budget=kv_budget, kv_dtype=kv_dtype
+    )
+    _usage(lambda: catalogue.check(found))
+    return found
+
+
+def _options(num_frames: int | None, fps: float | None) -> MediaOptions:
+    from mmserve.request import MediaOptions
+
+    if num_frames is not None and fps is not None:
+        raise typer.BadParameter("Expected either --num-frames or --fps, but got both")
+    if fps is not None and not 0 < fps <= 1000:
+        raise typer.BadParameter(f"Expected --fps above 0 and at most 1000, but got {fps:g}")
+    return MediaOptions(num_frames=num_frames, fps=fps)
+
+
+def _epd(text: str | None) -> tuple[int, int, int] | None:
+    counts = [] if text is None else [int(part) for part in text.split(",") if part.isdecimal() and int(part)]
+    if text is None:
+        return None
+    if len(counts) != 3 or text.count(",") != 2:
+        raise typer.BadParameter(
+            f"Expected --epd as three counts of 1 or more, such as 1,1,1, but got {text}"
+        )
+    return counts[0], counts[1], counts[2]
+
+
+def _llm(model: str, methods: Methods, options: MediaOptions, epd: tuple[int, int, int] | None) -> LLM:
+    import msgspec
+
+    from mmserve.llm import LLM
+
+    settings: dict[str, Any] = msgspec.to_builtins(methods)
+    return LLM(model, epd=epd, num_frames=options.num_frames, fps=options.fps, **settings)

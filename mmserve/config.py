@@ -1,0 +1,295 @@
+"""The settings of a deployment: frozen dataclasses, and YAML merged strictly over their defaults.
+
+Knows the shape and range of each setting; not which methods are registered, nor what a setting does.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+import yaml
+
+from mmserve.errors import ConfigError
+
+MiB = 1 << 20
+GiB = 1 << 30
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+VideoBackend = Literal["pyav", "decord", "torchcodec"]
+KVDtype = Literal["auto", "bf16", "fp8", "int8", "int4"]
+
+_T = TypeVar("_T")
+
+
+def _require(holds: bool, setting: str, expected: str, found: object) -> None:
+    if not holds:
+        raise ConfigError(f"Expected {setting} of {expected}, but got {found}")
+
+
+def _require_positive(section: str, values: Limits | CacheSizes) -> None:
+    """Every number of a section is above zero: zero would switch a protection off by accident."""
+    for item in fields(values):
+        value = getattr(values, item.name)
+        _require(value > 0, f"{section}.{item.name}", "more than 0", value)
+
+
+def _settle(section: object, path: str) -> None:
+    """Check and convert every field by its annotation, however the section was constructed."""
+    for name, hint in get_type_hints(type(section)).items():
+        # the instance is frozen for everybody else
+        object.__setattr__(section, name, _value(hint, getattr(section, name), _join(path, name)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodDefaults:
+    """What a request gets when it does not say; the same fields as `request.Methods`."""
+
+    prune: str = "none"
+    keep: float = 1.0  # share of visual tokens that survives
+    attention: str = "dense"
+    kv: str = "none"
+    kv_budget: float | None = None  # at most 1: share of visual slots; above 1: slots per head
+    kv_dtype: KVDtype = "auto"
+
+    def __post_init__(self) -> None:
+        _settle(self, "methods")
+        _require(0 < self.keep <= 1, "methods.keep", "above 0, at most 1", self.keep)
+        budget = self.kv_budget
+        _require(budget is None or budget > 0, "methods.kv_budget", "more than 0", budget)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaPolicy:
+    """Where media may come from over HTTP. `https` and `data:` URLs are always allowed."""
+
+    allowed_media_root: Path | None = None  # `file:` URLs and bare paths below it; None allows none
+    allow_http: bool = False
+    allow_private_hosts: bool = False  # loopback and private networks: for trusted clients only
+
+    def __post_init__(self) -> None:
+        _settle(self, "media")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one request, or all of them together, may cost. Each `max_` is inclusive.
+
+    They are checked before the work they bound: sizes before parsing, headers before decoding.
+    """
+
+    # a request's form
+    max_headers: int = 100
+    max_header_bytes: int = 16 << 10
+    max_body_bytes: int = 32 * MiB
+    max_json_depth: int = 32
+    max_messages: int = 256
+    max_parts: int = 64  # content parts of one message
+    max_images: int = 16  # in one request
+    max_n: int = 8
+    max_tokens: int = 4096  # generated per answer
+    max_stop: int = 16
+    max_ws_message_bytes: int = 4 * MiB
+    # fetching media
+    max_image_bytes: int = 20_000_000
+    max_image_fetch_s: float = 5.0
+    max_video_bytes: int = 100_000_000
+    max_video_fetch_s: float = 30.0
+    max_redirects: int = 3
+    # one image or frame, known from the header before anything is decoded
+    min_side: int = 4
+    max_side: int = 16_384
+    max_pixels: int = 33_500_000
+    max_aspect: float = 200.0  # longer side over shorter side
+    # one budget for everything with several frames: video, animated images, lists of images
+    default_frames: int = 32
+    max_frames: int = 2048
+    max_total_pixels: int = 4_000_000_000  # summed over the sampled frames
+    max_duration_s: float = 4 * 3600.0
+    job_deadline_s: float = 60.0  # wall time of one decode job
+    # admission
+    max_running: int = 64  # requests
+    max_queued: int = 16  # beyond those; the next one is told to come back later
+
+    def __post_init__(self) -> None:
+        _settle(self, "limits")
+        _require_positive("limits", self)
+        expected = f"at most limits.max_frames ({self.max_frames})"
+        _require(
+            self.default_frames <= self.max_frames, "limits.default_frames", expected, self.default_frames
+        )
+        expected = f"at most limits.max_side ({self.max_side})"
+        _require(self.min_side <= self.max_side, "limits.min_side", expected, self.min_side)
+        _require(self.max_tokens <= 65_536, "limits.max_tokens", "at most 65536", self.max_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheSizes:
+    """Memory of one worker for what it keeps."""
+
+    embedding_cache_bytes: int = 256 * MiB
+    kv_memory_bytes: int = 1 * GiB
+
+    def __post_init__(self) -> None:
+        _settle(self, "cache")
+        _require_positive("cache", self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """One deployment. `ServeConfig()` serves the embedded model on loopback, one process per stage."""
+
+    model: str = "tiny"  # "tiny", a local Hugging Face directory or a hub name
+    epd: tuple[int, int, int] = (1, 1, 1)  # encode, prefill and decode workers
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0 takes any free port
+    api_key: tuple[str, ...] | None = field(default=None, repr=False)  # any of these; None asks for none
+    dtype: Dtype = "auto"
+    video_backend: VideoBackend = "pyav"
+    threads: int | None = None  # per worker; None divides the cores among the workers
+    deadline_s: float = 300.0  # a request that is not done by then fails
+    methods: MethodDefaults = field(default_factory=MethodDefaults)
+    media: MediaPolicy = field(default_factory=MediaPolicy)
+    limits: Limits = field(default_factory=Limits)
+    cache: CacheSizes = field(default_factory=CacheSizes)
+
+    def __post_init__(self) -> None:
+        _settle(self, "")
+        _require(bool(self.model), "model", "a name or a directory", "nothing")
+        _require(all(count >= 1 for count in self.epd), "epd", "three counts of 1 or more", list(self.epd))
+        _require(0 <= self.port <= 65_535, "port", "0 to 65535", self.port)
+        # a key's text never enters a message, so the count stands for it
+        empty = self.api_key is not None and (not self.api_key or not all(self.api_key))
+        _require(not empty, "api_key", "one or more keys, none of them empty", "an empty key or list")
+        _require(self.threads is None or self.threads >= 1, "threads", "1 or more", self.threads)
+        _require(self.deadline_s > 0, "deadline_s", "more than 0", self.deadline_s)
+
+
+def load_config(path: str | Path) -> ServeConfig:
+    """Read a YAML file; settings it does not name keep their defaults."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"Expected a readable YAML file at {path}, but got {type(error).__name__}"
+        ) from error
+    try:
+        loaded = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark is not None else ""
+        raise ConfigError(f"Expected {path} to be valid YAML, but it breaks{where}") from error
+    return from_mapping({} if loaded is None else loaded)
+
+
+def from_mapping(mapping: Mapping[str, Any]) -> ServeConfig:
+    """Merge a mapping, as YAML or `to_mapping` give it, strictly over the defaults."""
+    return _section(ServeConfig, mapping, "")
+
+
+def to_mapping(config: ServeConfig, *, hide_keys: bool = False) -> dict[str, Any]:
+    """The whole configuration as plain data that `from_mapping` takes back; `hide_keys` for logs."""
+    plain = _plain(config)
+    assert isinstance(plain, dict)
+    if hide_keys and config.api_key is not None:
+        plain["api_key"] = ["***" for _ in config.api_key]
+    return plain
+
+
+def _section(cls: type[_T], given: object, path: str) -> _T:
+    if not isinstance(given, Mapping):
+        raise _mismatch(path or "the configuration", "a mapping of settings", given)
+    known = get_type_hints(cls)
+    for key in given:
+        if key not in known:
+            raise ConfigError(
+                f"Expected a known setting, but got {_join(path, key)!r}; {_nearest(str(key), path)}"
+            )
+    return cls(**given)
+
+
+def _value(hint: Any, given: object, path: str) -> object:  # noqa: ANN401  # a hint has no common type
+    """`given` as the annotated type; lists become tuples and strings paths, nothing else changes."""
+    if is_dataclass(hint):
+        return given if isinstance(given, cast("type", hint)) else _section(cast("type", hint), given, path)
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        (inner,) = (arg for arg in args if arg is not type(None))
+        return None if given is None else _value(inner, given, path)
+    if origin is Literal:
+        if given not in args:
+            raise _mismatch(path, f"one of {', '.join(args)}", given)
+        return given
+    if origin is tuple:
+        return _tuple(args, given, path)
+    if hint is Path and isinstance(given, str):
+        return Path(given)
+    if hint is float and isinstance(given, int) and not isinstance(given, bool):
+        return float(given)
+    # bool is an int in Python, but "port: yes" is a mistake
+    if not isinstance(given, hint) or (hint is int and isinstance(given, bool)):
+        raise _mismatch(path, _NAMES[hint], given)
+    return given
+
+
+def _tuple(args: tuple[Any, ...], given: object, path: str) -> tuple[object, ...]:
+    any_length = args[-1] is Ellipsis
+    if any_length and isinstance(given, args[0]):
+        given = [given]  # one key needs no list
+    expected = f"a list of {_NAMES[args[0]]}" if any_length else f"a list of {len(args)} values"
+    if not isinstance(given, list | tuple) or not (any_length or len(given) == len(args)):
+        raise _mismatch(path, expected, given)
+    hints = [args[0]] * len(given) if any_length else args
+    return tuple(
+        _value(hint, item, f"{path}[{i}]") for i, (hint, item) in enumerate(zip(hints, given, strict=True))
+    )
+
+
+_NAMES: dict[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+}
+
+
+def _mismatch(path: str, expected: str, given: object) -> ConfigError:
+    # the value itself may be a secret
+    found = "nothing" if given is None else type(given).__name__
+    if isinstance(given, str | int | float) and not path.startswith("api_key"):
+        found += f" {given!r}"
+    return ConfigError(f"Expected {path} to be {expected}, but got {found}")
+
+
+def _nearest(key: str, path: str) -> str:
+    names = list(_names(ServeConfig, ""))
+    here = {name.rpartition(".")[2]: name for name in names if name.rpartition(".")[0] == path}
+    anywhere = {name.rpartition(".")[2]: name for name in names}
+    for candidates, cutoff in ((here, 0.6), (anywhere, 0.6), (here, 0.0)):
+        if close := difflib.get_close_matches(key, candidates, n=1, cutoff=cutoff):
+            return f"the nearest is {candidates[close[0]]!r}"
+    raise AssertionError("every section has settings")
+
+
+def _names(cls: type[object], path: str) -> Iterator[str]:
+    for name, hint in get_type_hints(cls).items():
+        yield _join(path, name)
+        if is_dataclass(hint):
+            yield from _names(cast("type[object]", hint), _join(path, name))
+
+
+def _join(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _plain(value: object) -> object:
+    if is_dataclass(value):
+        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,1 @@
+"""Vision encoders and the cache of their results."""

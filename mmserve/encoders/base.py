@@ -1,0 +1,44 @@
+"""What a vision encoder gives: embeddings to splice into the prompt, and how salient each one is.
+
+Knows nothing about files, preprocessing or caches.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Encoded(NamedTuple):
+    """T frames of N tokens. Saliency is the attention a token received in the tower's last used layer."""
+
+    embeddings: Tensor  # [T, N, D]
+    saliency: Tensor  # fp32 [T, N]
+
+
+class EncodedImage(NamedTuple):
+    """One image as it stands in the prompt; newline rows have no saliency."""
+
+    embeddings: Tensor  # [M, D]
+    saliency: Tensor  # fp32 [M]
+    is_newline: Tensor  # bool [M]
+
+
+class VisionEncoder(Protocol):
+    @property
+    def newline(self) -> Tensor:
+        """The embedding [D] that follows the last frame of a video."""
+        ...
+
+    def video(self, pixels: Tensor) -> Encoded:
+        """Encode preprocessed frames [T, 3, S, S]; a frame's result does not depend on the others."""
+        ...
+
+    def newline_rows(self, original_size: tuple[int, int], crops: int) -> Tensor:
+        """Which rows of an image of so many crops are newlines, bool [M]."""
+        ...
+
+    def image(self, pixels: Tensor, original_size: tuple[int, int]) -> EncodedImage:
+        """Encode an image's crops [P, 3, S, S], the whole image first; `original_size` is (height, width)."""
+        ...

@@ -1,0 +1,1 @@
+"""The language-model engine: what to run next (pure), and running it."""

@@ -1,0 +1,205 @@
+"""`mmserve eval`: asks suites under a sweep of settings and reports accuracy beside cost.
+
+Every setting gets a pipeline of its own and its questions one after the other, so that no cache
+filled by an earlier setting flatters a later one. Knows nothing about the command line.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import typer
+
+from mmserve import catalogue
+from mmserve.batch.answerers import Answer, LocalAnswerer, Submits
+from mmserve.batch.questions import Question, read_questions
+from mmserve.batch.runner import answer_all
+from mmserve.batch.score import is_correct
+from mmserve.errors import BadRequest
+from mmserve.evaluation import report
+from mmserve.evaluation.suites import SUITES, write_suite
+from mmserve.models.resolve import resolve
+from mmserve.progress import progress_bar
+from mmserve.request import MediaOptions, Methods, Timings, Usage
+from mmserve.sampling import SamplingParams
+
+Json = dict[str, Any]
+KEEPS = (0.5, 0.25, 0.1)  # of --keep all
+BUDGETS = (0.5, 0.25, 0.1)  # of --kv-budget all
+DEFAULT_SHARE = 0.25  # of a method that was named without saying how hard
+ALL_FRAMES = 64  # no suite's clip is longer, so nothing that is asked about goes unseen
+MAX_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to evaluate. `sweep` begins with the dense setting."""
+
+    suites: tuple[str, ...]
+    sweep: tuple[Methods, ...]
+    limit: int = 100
+    seed: int = 0
+    options: MediaOptions = field(default_factory=lambda: MediaOptions(num_frames=ALL_FRAMES))
+
+
+def suite_names(text: str) -> tuple[str, ...]:
+    """A comma list of suites, or all."""
+    names = SUITES if text == "all" else tuple(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in SUITES:
+            raise BadRequest(f"Expected a suite of {', '.join(SUITES)}, but got {name!r}")
+    return names
+
+
+def sweep(
+    *, prune: str, keep: str | None, attention: str, kv: str, kv_budget: str | None, kv_dtype: str
+) -> tuple[Methods, ...]:
+    """Every combination of comma lists (or "all"), the dense setting first whether it was named or not."""
+    prunes, policies = _listed("prune", prune), _listed("kv", kv)
+    if keep is not None and prunes == ("none",):
+        raise BadRequest("Expected a method of --prune for --keep, but got none")
+    if kv_budget is not None and policies == ("none",):
+        raise BadRequest("Expected a method of --kv for --kv-budget, but got none")
+    keeps, budgets = _numbers("keep", keep, KEEPS), _numbers("kv_budget", kv_budget, BUDGETS)
+    settings = [
+        Methods(prune=p, keep=share, attention=a, kv=policy, kv_budget=budget, kv_dtype=dtype)
+        for p in prunes
+        for share in (keeps if p != "none" else (1.0,))
+        for a in _listed("attention", attention)
+        for policy in policies
+        for budget in (budgets if policy != "none" else (None,))
+        for dtype in _listed("kv_dtype", kv_dtype)
+    ]
+    for methods in settings:
+        catalogue.check(methods)
+    return tuple(dict.fromkeys([Methods(), *settings]))
+
+
+def evaluate(
+    plan: Plan,
+    open_llm: Callable[[Methods], AbstractContextManager[Submits]],
+    geometry: report.Geometry,
+    *,
+    outputs: Path | None = None,
+    on_answer: Callable[[], None] = lambda: None,
+) -> list[Json]:
+    """The report's rows, suite by suite; `outputs` gets a line per question and setting."""
+    rows: list[Json] = []
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mmserve-eval-")))
+        lines = stack.enter_context(outputs.open("w", encoding="utf-8")) if outputs else None
+        for suite in plan.suites:
+            file = write_suite(suite, folder / suite, plan.limit, plan.seed)
+            questions = read_questions(file, SamplingParams(max_tokens=MAX_TOKENS))
+            dense: list[report.Outcome] = []
+            for methods in plan.sweep:
+                with open_llm(methods) as llm:
+                    answers = _ask(questions, LocalAnswerer(llm, methods, plan.options), on_answer)
+                outcomes = [_outcome(question, answer) for question, answer in answers]
+                dense = dense or outcomes
+                rows.append(report.row(suite, methods, outcomes, dense, geometry))
+                if lines is not None:
+                    lines.writelines(
+                        json.dumps(_output(suite, methods, question, answer)) + "\n"
+                        for question, answer in answers
+                    )
+                    lines.flush()
+    return rows
+
+
+def command(
+    plan: Plan,
+    model: str,
+    open_llm: Callable[[Methods], AbstractContextManager[Submits]],
+    *,
+    outputs: Path | None,
+    json_out: Path | None,
+) -> int:
+    """Evaluate, print the table, write the files; the exit code. `json_out` "-" prints the report alone."""
+    alone = json_out is not None and str(json_out) == "-"
+    for target in (outputs, None if alone else json_out):
+        if target is not None and not target.resolve().parent.is_dir():
+            raise BadRequest(f"Expected a file in a folder that exists, but got {target}")
+    config = json.loads((resolve(model) / "config.json").read_text(encoding="utf-8"))
+    geometry = report.Geometry.from_config(config)
+    total = len(plan.suites) * len(plan.sweep) * plan.limit
+    with progress_bar(total, "evaluating") as advance:
+        rows = evaluate(plan, open_llm, geometry, outputs=outputs, on_answer=advance)
+    typer.echo(report.markdown(rows), err=alone)
+    if json_out is not None:
+        document = json.dumps(report.document(rows))
+        if alone:
+            typer.echo(document)
+        else:
+            json_out.write_text(document + "\n", encoding="utf-8")
+    failed = sum(row["errors"] for row in rows)
+    if failed:
+        typer.echo(f"error: {failed} of {total} questions failed; --outputs says why", err=True)
+    return 1 if failed else 0
+
+
+def _ask(
+    questions: Sequence[Question], answerer: LocalAnswerer, on_answer: Callable[[], None]
+) -> list[tuple[Question, Answer]]:
+    answers = []
+    # one at a time: a time measured beside other requests is theirs as well
+    for pair in answer_all(questions, answerer, concurrency=1):
+        answers.append(pair)
+        on_answer()
+    return answers
+
+
+def _outcome(question: Question, answer: Answer) -> report.Outcome:
+    failed = answer.error is not None
+    return report.Outcome(
+        question_id=question.question_id,
+        kind=question.meta["kind"],
+        correct=_is_right(question, answer),
+        usage=None if failed else msgspec.convert(answer.usage, Usage),
+        timings_ms=None if failed else msgspec.convert(answer.timings_ms, Timings),
+    )
+
+
+def _is_right(question: Question, answer: Answer) -> bool:
+    assert question.answer is not None, "a suite's questions have keys"
+    return answer.error is None and is_correct(answer.text, question.answer)
+
+
+def _output(suite: str, methods: Methods, question: Question, answer: Answer) -> Json:
+    line: Json = {
+        "suite": suite,
+        "settings": msgspec.to_builtins(methods),
+        "id": question.question_id,
+        "meta": question.meta,
+        "question": question.text,
+        "expected": question.answer,
+        "answer": None if answer.error else answer.text,
+        "correct": _is_right(question, answer),
+        "usage": answer.usage,
+        "timings_ms": answer.timings_ms,
+    }
+    if answer.error is not None:
+        line["error"] = {"code": answer.error.code, "message": answer.error.public_message}
+    return line
+
+
+def _listed(kind: str, text: str) -> tuple[str, ...]:
+    return catalogue.names(kind) if text == "all" else tuple(dict.fromkeys(text.split(",")))
+
+
+def _numbers(name: str, text: str | None, every: tuple[float, ...]) -> tuple[float, ...]:
+    if text is None:
+        return (DEFAULT_SHARE,)
+    if text == "all":
+        return every
+    try:
+        return tuple(dict.fromkeys(float(part) for part in text.split(",")))
+    except ValueError as error:
+        raise BadRequest(f"Expected {name} as numbers, a comma between them, but got {text}") from error

@@ -1,0 +1,105 @@
+"""The contents of KV pages: one K and one V tensor for all layers, heads and sequences.
+
+Addressed by the flat slots of `PageTable`. Knows nothing about attention; how an export travels to
+another process is not its business either.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmserve.errors import WireError
+from mmserve.kv.table import IntArray, PageTable, SlotArray
+
+
+def num_pages_for(memory_bytes: int, *, page_size: int, head_dim: int, dtype: torch.dtype) -> int:
+    """How many pages (K and V of `page_size` slots of one head) fit into this much memory."""
+    return memory_bytes // (2 * page_size * head_dim * dtype.itemsize)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVExport:
+    """A sequence's KV outside any pool; everything but `lengths` is head after head, layer after layer."""
+
+    lengths: IntArray  # [layers, kv_heads]
+    order: IntArray  # [total]
+    position: IntArray  # [total]
+    k: Tensor  # [total, d]
+    v: Tensor  # [total, d]
+
+
+class PageStore:
+    """K and V of a pool of pages, each [num_pages, page_size, head_dim]. Slots are int64 of any shape."""
+
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ) -> None:
+        self.page_size = page_size
+        # zeros, not empty: the system hands them out lazily, and what was never written must be finite
+        self.k = torch.zeros(num_pages, page_size, head_dim, dtype=dtype, device=device)
+        self.v = torch.zeros_like(self.k)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page, K and V together."""
+        return 2 * self.k[0].numel() * self.k.itemsize
+
+    def write(self, slots: SlotArray | Tensor, k: Tensor, v: Tensor) -> None:
+        """Put k and v [..., d] into slots [...]; no slot may appear twice."""
+        flat = self._tensor(slots).reshape(-1)
+        width = self.k.shape[-1]
+        for pages, rows in ((self.k, k), (self.v, v)):
+            pages.view(-1, width)[flat] = rows.reshape(-1, width).to(pages.dtype)
+
+    def read(self, slots: SlotArray | Tensor) -> tuple[Tensor, Tensor]:
+        """K and V [..., d] of slots [...], in the store's dtype."""
+        index = self._tensor(slots)
+        flat = index.reshape(-1)
+        k, v = (pages.view(-1, pages.shape[-1]).index_select(0, flat) for pages in (self.k, self.v))
+        shape = (*index.shape, self.k.shape[-1])
+        return k.view(shape), v.view(shape)
+
+    def copy(self, source: SlotArray | Tensor, destination: SlotArray | Tensor) -> None:
+        """Copy slots; a destination may be another's source."""
+        self.write(destination, *self.read(source))
+
+    def export(self, table: PageTable, sequence: str) -> KVExport:
+        """Everything a sequence has, as plain arrays."""
+        heads = [(layer, head) for layer in range(table.layers) for head in range(table.kv_heads)]
+        rows = [table.slots(sequence, layer) for layer in range(table.layers)]
+        k, v = self.read(np.concatenate([row[row >= 0] for row in rows]))
+        return KVExport(
+            lengths=table.lengths(sequence),
+            order=np.concatenate([table.order(sequence, *head) for head in heads]),
+            position=np.concatenate([table.position(sequence, *head) for head in heads]),
+            k=k,
+            v=v,
+        )
+
+    def import_(self, table: PageTable, sequence: str, export: KVExport) -> None:
+        """Create `sequence` from an export; raises OutOfPages, or WireError when its parts do not fit."""
+        heads = (table.layers, table.kv_heads)
+        lengths = export.lengths
+        if lengths.shape != heads or (lengths < 0).any():
+            raise WireError(f"Expected KV lengths of shape {heads}, none negative, but got {lengths.shape}")
+        total = int(lengths.sum(dtype=np.int64))
+        expected = (total, self.k.shape[-1])
+        if export.order.shape != (total,) or export.position.shape != (total,):
+            raise WireError(f"Expected order and position of {total} KV slots, but got {export.order.shape}")
+        if export.k.shape != expected or export.v.shape != expected:
+            raise WireError(f"Expected keys and values of shape {expected}, but got {tuple(export.k.shape)}")
+        slots = table.restore(sequence, lengths, export.order, export.position)
+        self.write(slots, export.k.to(self.k.device), export.v.to(self.v.device))
+
+    def _tensor(self, slots: SlotArray | Tensor) -> Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(slots)) if isinstance(slots, np.ndarray) else slots
+        return tensor.to(self.k.device)

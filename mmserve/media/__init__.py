@@ -1,0 +1,4 @@
+"""Fetching, planning and decoding of images and video. Submodules are imported directly.
+
+`fetch`, `limits`, `plan` and `digest` import no torch, PIL or av; `preprocess` alone imports torch.
+"""

@@ -1,0 +1,70 @@
+"""What one media item may cost. Knows nothing about how the limits are enforced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mmserve.errors import MediaError
+
+DEFAULT_FRAMES = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaLimits:
+    """Budgets of a single item. Every `max_` is inclusive; sides and pixels are of one frame.
+
+    `max_total_pixels` sums the sampled frames of an item, `max_decoded_bytes` bounds one decode call.
+    The `process_` values bound the decoder's own process.
+    """
+
+    max_image_bytes: int = 20_000_000
+    max_image_fetch_s: float = 5.0
+    max_video_bytes: int = 100_000_000
+    max_video_fetch_s: float = 30.0
+    min_side: int = 1
+    max_side: int = 16_384
+    max_pixels: int = 33_500_000
+    max_aspect: float = 200.0
+    default_frames: int = DEFAULT_FRAMES
+    max_frames: int = 2_048
+    max_total_pixels: int = 4_000_000_000
+    max_duration_s: float = 14_400.0
+    max_source_frames: int = 500_000
+    max_decoded_bytes: int = 1 << 30
+    decode_threads: int = 2
+    process_memory_bytes: int = 4 << 30
+    process_open_files: int = 64
+    process_jobs: int = 200
+    job_cpu_s: int = 60
+    job_deadline_s: float = 60.0
+    start_deadline_s: float = 20.0
+
+    def max_bytes(self, modality: str) -> int:
+        return self.max_image_bytes if modality == "image" else self.max_video_bytes
+
+    def max_fetch_s(self, modality: str) -> float:
+        return self.max_image_fetch_s if modality == "image" else self.max_video_fetch_s
+
+    def check_size(self, width: int, height: int) -> None:
+        """Raise for a picture whose header promises too little or too much."""
+        size = f"{width}x{height}"
+        short, long = min(width, height), max(width, height)
+        if short < self.min_side:
+            raise MediaError(f"Expected media sides of at least {self.min_side} pixels, but got {size}")
+        if long > self.max_side:
+            raise MediaError(f"Expected media sides of at most {self.max_side} pixels, but got {size}")
+        if width * height > self.max_pixels:
+            raise MediaError(f"Expected at most {self.max_pixels} pixels per frame, but got {size}")
+        if long > short * self.max_aspect:
+            raise MediaError(f"Expected an aspect ratio of at most {self.max_aspect:g}, but got {size}")
+
+    def check_frames(self, count: int, width: int, height: int) -> None:
+        """Raise when the sampled frames of one item are too many, alone or by their pixels."""
+        if count > self.max_frames:
+            raise MediaError(f"Expected at most {self.max_frames} sampled frames, but got {count}")
+        total = count * width * height
+        if total > self.max_total_pixels:
+            raise MediaError(
+                f"Expected at most {self.max_total_pixels} pixels over all sampled frames, "
+                f"but got {total} ({count} frames of {width}x{height})"
+            )

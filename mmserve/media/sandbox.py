@@ -1,0 +1,278 @@
+"""Decoding in a process of its own that may crash, hang or be taken over without harm to the worker.
+
+`Sandbox` is the worker's side; `python -m mmserve.media.sandbox` is the process. Imports no torch and,
+on the worker's side, no decoder. Knows nothing about models.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import secrets
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from mmserve.errors import MediaError, Unavailable, WireError, from_code
+from mmserve.media.arrays import SUFFIX, open_frames, plan_array
+from mmserve.media.limits import MediaLimits
+from mmserve.media.plan import MediaPlan, check_options
+from mmserve.media.protocol import (
+    HEADER,
+    DecodeMedia,
+    DecoderReady,
+    Job,
+    JobFailed,
+    MediaDecoded,
+    MediaPlanned,
+    PlanMedia,
+    Reply,
+    StartDecoder,
+    body_length,
+    pack,
+    unpack_reply,
+)
+from mmserve.request import MediaRef
+
+_PACKAGE_ROOT = str(Path(__file__).parents[2])
+_READ_BYTES = 1 << 16
+_Wanted = TypeVar("_Wanted", bound=Reply)
+
+log = logging.getLogger(__name__)
+
+
+class Decoded(NamedTuple):
+    """Frames that decoded, upright RGB, with their positions in the plan; `lost` did not decode."""
+
+    frames: npt.NDArray[np.uint8]  # [n, H, W, 3]
+    positions: tuple[int, ...]
+    lost: tuple[int, ...]
+    decode_ms: float
+
+
+class Sandbox:
+    """One decoding process, started again whenever it dies. Calls from several threads take turns.
+
+    `directory` is where frames pass through; nothing stays in it. Every call ends by
+    `limits.job_deadline_s`: what is not done by then is killed and the media is blamed.
+    """
+
+    def __init__(self, directory: str | Path, limits: MediaLimits | None = None) -> None:
+        self._directory = Path(directory)
+        self._limits = limits or MediaLimits()
+        self._lock = threading.Lock()
+        self._is_closed = False
+        # the kernel kills a child when the *thread* that started it ends, so one thread starts them
+        # all and lives as long as the sandbox
+        self._starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="media-sandbox")
+        self._next: Future[_Process] = self._starter.submit(_Process, self._directory, self._limits)
+
+    def plan(self, ref: MediaRef) -> MediaPlan:
+        """Which frames of the item will be used; an image has one."""
+        if ref.path.endswith(SUFFIX):
+            return plan_array(ref, self._limits)
+        check_options(ref.options, self._limits)
+        return self._ask(PlanMedia(ref=ref), MediaPlanned).plan
+
+    def decode(self, ref: MediaRef, plan: MediaPlan, positions: Sequence[int] | None = None) -> Decoded:
+        """The frames at these positions of the plan, or all of them."""
+        wanted = tuple(sorted(set(range(plan.num_frames) if positions is None else positions)))
+        if wanted and not 0 <= wanted[0] <= wanted[-1] < plan.num_frames:
+            found = f"{wanted[0]} to {wanted[-1]}"
+            raise MediaError(f"Expected positions from 0 to {plan.num_frames - 1}, but got {found}")
+        if plan.kind == "array":
+            return self._copy_array(ref, plan, wanted)
+        name = f"{secrets.token_hex(16)}.frames"
+        path = self._directory / name
+        job = DecodeMedia(ref=ref, plan=plan, positions=wanted, file_name=name)
+        try:
+            reply = self._ask(job, MediaDecoded)
+            if not set(reply.positions) <= set(wanted) or len(set(reply.positions)) != len(reply.positions):
+                raise WireError("Expected frames at the wanted positions, but got others")
+            frames = _map_frames(path, (len(reply.positions), plan.height, plan.width, 3))
+        finally:
+            path.unlink(missing_ok=True)
+        lost = tuple(position for position in wanted if position not in set(reply.positions))
+        return Decoded(frames, reply.positions, lost, reply.decode_ms)
+
+    def _copy_array(self, ref: MediaRef, plan: MediaPlan, wanted: tuple[int, ...]) -> Decoded:
+        began = time.perf_counter()
+        stored = open_frames(ref.path, self._limits)
+        if stored.shape != (plan.num_frames, plan.height, plan.width, 3):
+            raise MediaError("The array changed between planning and decoding")
+        frames = np.array(stored[list(wanted)], dtype=np.uint8)
+        return Decoded(frames, wanted, (), (time.perf_counter() - began) * 1e3)
+
+    def close(self) -> None:
+        """Kill the process, also under a running call, which then raises."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._next.add_done_callback(_interrupt_started)
+        with self._lock:  # a running call has seen the death and ended
+            self._next.add_done_callback(_kill_started)
+        self._starter.shutdown(wait=True)
+
+    def _ask(self, job: PlanMedia | DecodeMedia, expected: type[_Wanted]) -> _Wanted:
+        with self._lock:
+            if self._is_closed:
+                raise Unavailable("The media decoder is closed")
+            process = self._next.result()
+            try:
+                reply = process.ask(job, self._limits.job_deadline_s)
+            except (OSError, EOFError, TimeoutError, WireError) as error:
+                self._replace(process)
+                if self._is_closed:
+                    raise Unavailable("The media decoder was closed") from error
+                log.warning("media decoder ended: %s, exit status %s", type(error).__name__, process.status)
+                if isinstance(error, TimeoutError):
+                    limit = f"{self._limits.job_deadline_s:g} s"
+                    raise MediaError(
+                        f"Expected media that decodes within {limit}, but it took longer"
+                    ) from error
+                raise MediaError("The media made the decoder fail") from error
+            if process.jobs >= self._limits.process_jobs:
+                self._replace(process)
+        if isinstance(reply, JobFailed):
+            raise from_code(reply.code, reply.message)
+        if not isinstance(reply, expected):
+            raise WireError("Expected another answer from the media decoder")
+        return reply
+
+    def _replace(self, process: _Process) -> None:
+        process.kill()
+        if not self._is_closed:
+            self._next = self._starter.submit(_Process, self._directory, self._limits)
+
+
+class _Process:
+    """One life of the decoding process. Made in the thread whose end should end it."""
+
+    def __init__(self, directory: Path, limits: MediaLimits) -> None:
+        self.jobs = 0
+        # nothing of the worker's environment: it may hold keys
+        environment = {
+            "PYTHONPATH": _PACKAGE_ROOT,
+            "PYTHONNOUSERSITE": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        self._popen = subprocess.Popen(
+            [sys.executable, "-P", "-m", "mmserve.media.sandbox"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            bufsize=0,
+            process_group=0,
+        )
+        assert self._popen.stdin is not None
+        assert self._popen.stdout is not None
+        self._to, self._from = self._popen.stdin.fileno(), self._popen.stdout.fileno()
+        os.set_blocking(self._to, False)
+        os.set_blocking(self._from, False)
+        start = StartDecoder(directory=str(directory.resolve()), limits=limits, parent_pid=os.getpid())
+        try:
+            ready = self._exchange(start, limits.start_deadline_s)
+            if not isinstance(ready, DecoderReady):
+                raise WireError("Expected the media decoder to be ready")
+        except (OSError, EOFError, TimeoutError, WireError) as error:
+            self.kill()
+            raise Unavailable("The media decoder does not start") from error
+
+    @property
+    def status(self) -> int | None:
+        return self._popen.returncode
+
+    def ask(self, job: Job, timeout_s: float) -> Reply:
+        self.jobs += 1
+        return self._exchange(job, timeout_s)
+
+    def interrupt(self) -> None:
+        self._popen.kill()
+
+    def kill(self) -> None:
+        self._popen.kill()
+        self._popen.wait()
+        assert self._popen.stdin is not None
+        assert self._popen.stdout is not None
+        self._popen.stdin.close()
+        self._popen.stdout.close()
+
+    def _exchange(self, job: Job, timeout_s: float) -> Reply:
+        until = time.monotonic() + timeout_s
+        self._write(pack(job), until)
+        length = body_length(self._read(HEADER.size, until))
+        return unpack_reply(self._read(length, until))
+
+    def _write(self, data: bytes, until: float) -> None:
+        left = memoryview(data)
+        while left:
+            _wait(self._to, select.POLLOUT, until)
+            try:
+                left = left[os.write(self._to, left) :]
+            except BlockingIOError:
+                continue
+
+    def _read(self, length: int, until: float) -> bytes:
+        data = bytearray()
+        while len(data) < length:
+            _wait(self._from, select.POLLIN, until)
+            part = os.read(self._from, min(_READ_BYTES, length - len(data)))
+            if not part:
+                raise EOFError
+            data += part
+        return bytes(data)
+
+
+def _wait(fd: int, event: int, until: float) -> None:
+    poll = select.poll()
+    poll.register(fd, event)
+    if not poll.poll(max(0.0, until - time.monotonic()) * 1e3):
+        raise TimeoutError
+
+
+def _interrupt_started(started: Future[_Process]) -> None:
+    if not started.cancelled() and started.exception() is None:
+        started.result().interrupt()
+
+
+def _kill_started(started: Future[_Process]) -> None:
+    if not started.cancelled() and started.exception() is None:
+        started.result().kill()
+
+
+def _map_frames(path: Path, shape: tuple[int, int, int, int]) -> npt.NDArray[np.uint8]:
+    size = int(np.prod(shape))
+    if size == 0:
+        return np.empty(shape, dtype=np.uint8)
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if os.fstat(fd).st_size < size:
+            raise WireError("Expected a larger file of frames")
+        # a private map: writing to the frames is allowed and stays here
+        return np.frombuffer(mmap.mmap(fd, size, access=mmap.ACCESS_COPY), dtype=np.uint8).reshape(shape)
+    finally:
+        os.close(fd)
+
+
+def main() -> None:
+    """The process itself: jobs come on stdin, answers leave by what was stdout."""
+    from mmserve.media import jobs
+
+    with os.fdopen(os.dup(0), "rb") as requests, os.fdopen(os.dup(1), "wb", buffering=0) as replies:
+        os.dup2(2, 1)  # what libraries print must not end up among the answers
+        jobs.serve(requests, replies)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""A model's own chat format: template and tokenizer, from messages to token ids and back to text.
+
+Needs no torch and no transformers, so the API process can use it. Knows nothing about media files:
+each media part becomes one placeholder token.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Template
+from jinja2.exceptions import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from mmserve.errors import BadRequest, ConfigError
+
+Message = Mapping[str, Any]  # an OpenAI chat message whose media parts are {"type": "image" | "video"}
+# stands for one piece of user text while the template is rendered; private-use characters cannot clash
+_MARK = "\ue000{}\ue001"
+
+
+@dataclass(frozen=True, slots=True)
+class ChatFormat:
+    """Tokenizer, template and special ids of one model directory."""
+
+    tokenizer: Tokenizer
+    template: Template
+    specials: tuple[str, ...]
+    image_token: int
+    video_token: int
+    eos_tokens: tuple[int, ...]
+
+    @classmethod
+    def from_model_dir(cls, path: Path) -> ChatFormat:
+        tokenizer_file = path / "tokenizer.json"
+        if not tokenizer_file.is_file():
+            raise ConfigError(f"Expected tokenizer.json in {path.name}, but found none")
+        config = json.loads((path / "config.json").read_text())
+        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        specials = tuple(t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special)
+        text = config.get("text_config", config)
+        eos = text.get("eos_token_id", config.get("eos_token_id"))
+        return cls(
+            tokenizer=tokenizer,
+            template=_environment().from_string(_template_text(path)),
+            specials=specials,
+            image_token=config["image_token_id"]
+            if "image_token_id" in config
+            else config["image_token_index"],
+            video_token=config["video_token_id"]
+            if "video_token_id" in config
+            else config["video_token_index"],
+            eos_tokens=tuple(eos) if isinstance(eos, list) else (eos,),
+        )
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation, ready for the assistant's turn, one id per media item.
+
+        Text that spells a special token is encoded with special tokens disabled, so a user can
+        type `<image>` without claiming an image (the rest is unchanged).
+        """
+        texts: list[str] = []
+        marked = [self._marked(message, texts) for message in messages]
+        try:
+            rendered = self.template.render(messages=marked, add_generation_prompt=True)
+        except TemplateError as error:
+            raise BadRequest("Expected messages that fit the model's chat template") from error
+        if any(special in text for text in texts for special in self.specials):
+            return self._encode_pieces(rendered, texts)
+        for number, text in enumerate(texts):
+            rendered = rendered.replace(_MARK.format(number), text)
+        return list(self.tokenizer.encode(rendered, add_special_tokens=False).ids)
+
+    def _marked(self, message: Message, texts: list[str]) -> dict[str, object]:
+        def mark(text: str) -> str:
+            texts.append(text)
+            return _MARK.format(len(texts) - 1)
+
+        content = message["content"]
+        if isinstance(content, str):
+            return {"role": message["role"], "content": [{"type": "text", "text": mark(content)}]}
+        parts = [
+            {"type": "text", "text": mark(part["text"])} if part["type"] == "text" else part
+            for part in content
+        ]
+        return {"role": message["role"], "content": parts}
+
+    def _encode_pieces(self, rendered: str, texts: list[str]) -> list[int]:
+        ids: list[int] = []
+        for number, text in enumerate(texts):
+            before, rendered = rendered.split(_MARK.format(number), 1)
+            ids += self.tokenizer.encode(before, add_special_tokens=False).ids
+            ids += self._encode_plain(text)
+        return ids + list(self.tokenizer.encode(rendered, add_special_tokens=False).ids)
+
+    def _encode_plain(self, text: str) -> list[int]:
+        """Encode text so that no special token can come out of it: each is cut after its first character."""
+        for special in sorted(self.specials, key=len, reverse=True):
+            if special in text:
+                before, after = text.split(special, 1)
+                return [
+                    *self._encode_plain(before),
+                    *self.tokenizer.encode(special[:1], add_special_tokens=False).ids,
+                    *self._encode_plain(special[1:]),
+                    *self._encode_plain(after),
+                ]
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def token_text(self, token: int) -> str:
+        """One token as text, special tokens spelled out: for log-probability reports."""
+        return self.tokenizer.decode([token], skip_special_tokens=False)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    environment.globals["raise_exception"] = raise_exception
+    return environment
+
+
+def _template_text(path: Path) -> str:
+    """The model's chat template: its own file, or a field of a JSON file beside it."""
+    if (path / "chat_template.jinja").is_file():
+        return (path / "chat_template.jinja").read_text()
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        if (path / name).is_file() and (text := json.loads((path / name).read_text()).get("chat_template")):
+            return str(text)
+    raise ConfigError(f"Expected a chat template in {path.name}, but found none")
+
+
+class Detokenizer:
+    """Turns a growing list of token ids into text that never changes once given out.
+
+    Text is held back while it ends in an unfinished character or could be the start of a stop
+    string; a stop string itself is never given out.
+    """
+
+    def __init__(self, chat: ChatFormat, stop: Sequence[str] = ()) -> None:
+        self._chat = chat
+        self._stop = tuple(text for text in stop if text)
+        self._ids: list[int] = []
+        self._settled = 0  # ids whose text is final
+        self._context = 0  # decode from here: word boundaries depend on the ids before
+        self._held = ""
+        self.stopped = False
+
+    def add(self, ids: Sequence[int]) -> str:
+        """Text that became certain with these ids."""
+        self._ids += ids
+        before = self._chat.decode(self._ids[self._context : self._settled])
+        after = self._chat.decode(self._ids[self._context :])
+        if after.endswith("\ufffd"):
+            return ""
+        self._context, self._settled = self._settled, len(self._ids)
+        return self._release(after[len(before) :])
+
+    def flush(self) -> str:
+        """What was held back, once nothing follows."""
+        tail = self._chat.decode(self._ids[self._context :])
+        known = self._chat.decode(self._ids[self._context : self._settled])
+        text, self._held = self._release(tail[len(known) :]) + self._held, ""
+        self._settled = len(self._ids)
+        return "" if self.stopped else text
+
+    def _release(self, text: str) -> str:
+        text, self._held = self._held + text, ""
+        for stop in self._stop:
+            if (at := text.find(stop)) >= 0:
+                self.stopped = True
+                return text[:at]
+        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

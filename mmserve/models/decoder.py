@@ -1,0 +1,131 @@
+"""The text decoder of Qwen2, Qwen3 and Llama-shaped language models, over packed tokens.
+
+It computes everything but attention: the caller's `attend` owns the KV cache, causality and the
+batch. Knows nothing about sequences, pages or images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mmserve.models.rope import rope_angles, rope_frequencies, rotate
+
+
+class Attend(Protocol):
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """From rotated q [N, Hq, d], rotated k and v [N, Hkv, d] of new tokens to outputs [N, Hq, d]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderConfig:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    tied: bool  # the output head is the embedding
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        q_size, kv_size = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.o_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend) -> Tensor:
+        heads = (len(x), -1, self.head_dim)
+        q = rotate(self.q_norm(self.q_proj(x).view(heads)), cos, sin)
+        k = rotate(self.k_norm(self.k_proj(x).view(heads)), cos, sin)
+        out = attend(layer, q, k, self.v_proj(x).view(heads))
+        projected: Tensor = self.o_proj(out.reshape(len(x), -1))
+        return projected
+
+
+class MLP(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        outer, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(outer, inner, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(outer, inner, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(inner, outer, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class Layer(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layer, attend)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+class TextDecoder(nn.Module):
+    """Parameter names are those of a checkpoint's language model, so weights load without renaming."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = None if config.tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings [N, D] of token ids [N]."""
+        return functional.embedding(ids, self.embed_tokens.weight)
+
+    def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Hidden states [N, D] after the final norm, for embeddings [N, D] at RoPE positions [N]."""
+        config = self.config
+        frequencies = rope_frequencies(config.head_dim, config.rope_theta).to(x.device)
+        cos, sin = rope_angles(positions, frequencies, x.dtype)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, index, attend)
+        hidden: Tensor = self.norm(x)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """fp32 scores [N, V] over the vocabulary."""
+        weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return functional.linear(hidden, weight).float()

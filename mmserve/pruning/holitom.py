@@ -1,0 +1,209 @@
+"""HoliTom, outer part (arXiv 2505.21334): merge over time first, then thin out what is left in space.
+
+Segments are cut where collapsing static positions saves most; static tokens are averaged over their
+segment and clustered, the others are kept by saliency. Unlike the published code the number of
+survivors is exact and the result deterministic. Knows nothing about the language model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmserve.pruning.base import (
+    Modality,
+    Reduced,
+    VisualItem,
+    check_count,
+    check_keep,
+    check_range,
+    exact_count,
+    windows,
+)
+from mmserve.pruning.density import merge_clusters
+from mmserve.pruning.protect import in_order, reduce_unprotected
+from mmserve.pruning.quotas import exact_quotas
+from mmserve.pruning.segmentation import Bools, Ints, Segments, run_lengths, segment_frames
+
+# entries of the distance table built at once: 256 MiB in fp32
+_MAX_DISTANCES = 2**26
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HoliTom:
+    """Keep exactly max(1, floor(keep * T * N)) tokens of each window of `window_frames` frames.
+
+    `tau` is the cosine above which a position counts as unchanged between two frames; by default 0.8,
+    or 0.65 for `keep` of at most 0.1, as the paper sets it. `beta` is a cluster centre's own share in
+    its merged token, `neighbours` the K of DPC-KNN. `window_frames` 0 takes the whole item at once.
+    """
+
+    name: ClassVar[str] = "holitom"
+    paper: ClassVar[str] = "arXiv:2505.21334"
+    needs_query: ClassVar[bool] = False
+    needs_whole_item: ClassVar[bool] = True
+    acts_at: ClassVar[Literal["encoder"]] = "encoder"
+    count: ClassVar[Literal["exact", "bound"]] = "exact"
+    trained_weights: ClassVar[bool] = False
+    modalities: ClassVar[tuple[Modality, ...]] = ("image", "video")
+
+    keep: float
+    tau: float | None = None
+    beta: float = 0.6
+    neighbours: int = 7
+    window_frames: int = 64
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        if self.tau is not None:
+            check_range("tau", self.tau, 0, 1, low_open=True)
+        check_range("beta", self.beta, 0, 1)
+        check_count("neighbours", self.neighbours, 1, 64)
+        check_count("window_frames", self.window_frames, 0, 65536)
+
+    @property
+    def threshold(self) -> float:
+        if self.tau is not None:
+            return self.tau
+        return 0.65 if self.keep <= 0.1 else 0.8
+
+    def plan(self, frames: int, tokens: int) -> int:
+        spans = windows(frames, self.window_frames)
+        return sum(exact_count(self.keep, (stop - start) * tokens) for start, stop in spans)
+
+    def reduce(self, item: VisualItem) -> Reduced:
+        return reduce_unprotected(item, self._reduce)
+
+    def _reduce(self, item: VisualItem) -> Reduced:
+        frames, tokens = item.saliency.shape
+        spans = list(windows(frames, self.window_frames))
+        parts = [self._reduce_window(item.embeddings[a:b], item.saliency[a:b]) for a, b in spans]
+        return Reduced(
+            embeddings=torch.cat([part.embeddings for part in parts]),
+            source=torch.cat([part.source + a * tokens for part, (a, _) in zip(parts, spans, strict=True)]),
+            weight=torch.cat([part.weight for part in parts]),
+        )
+
+    def _reduce_window(self, embeddings: Tensor, saliency: Tensor) -> Reduced:
+        frames, tokens = saliency.shape
+        budget = exact_count(self.keep, frames * tokens)
+        # fp32 at least: averages of half-precision features drift
+        x = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        # the only device-to-host copy: everything but which tokens win is then known on the host
+        cosine = F.cosine_similarity(x[:-1], x[1:], dim=2).clamp(max=1).cpu().numpy()
+        segments = segment_frames(cosine > self.threshold, budget)
+        if budget >= frames * tokens - segments.removed:
+            merged = _merge_most_similar(x, cosine, segments, budget)
+        else:
+            static_quotas, dynamic_quotas = _split_budget(segments, budget)
+            fixed = self._cluster_static(x, segments, static_quotas)
+            moving = _most_salient(x, saliency, segments, dynamic_quotas)
+            merged = in_order(*(torch.cat(pair) for pair in zip(fixed, moving, strict=True)))
+        assert len(merged.source) == budget
+        return Reduced(
+            embeddings=merged.embeddings.to(embeddings.dtype), source=merged.source, weight=merged.weight
+        )
+
+    def _cluster_static(self, x: Tensor, segments: Segments, quotas: Ints) -> tuple[Tensor, Tensor, Tensor]:
+        """Average static tokens over their segment, then cluster each segment's to its quota."""
+        live = np.flatnonzero(quotas)
+        widest = int(segments.static[live].sum(axis=1).max(initial=1))
+        step = max(1, _MAX_DISTANCES // widest**2)
+        batches = [live[at : at + step] for at in range(0, len(live), step)]
+        parts = [self._cluster_segments(x, segments, batch, quotas) for batch in batches]
+        if not parts:
+            return x.new_zeros(0, x.shape[2]), torch.zeros(0, dtype=torch.int64, device=x.device), _ones(x, 0)
+        values, source, weight = zip(*parts, strict=True)
+        return torch.cat(values), torch.cat(source), torch.cat(weight)
+
+    def _cluster_segments(
+        self, x: Tensor, segments: Segments, chosen: Ints, quotas: Ints
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        static, starts, stops = segments.static[chosen], segments.starts[chosen], segments.stops[chosen]
+        sizes, counts = static.sum(axis=1), quotas[chosen]
+        # static positions first, in order; the rest of each row is padding
+        columns = np.argsort(~static, axis=1, kind="stable")[:, : sizes.max()]
+        position = torch.from_numpy(columns).to(x.device)  # [G, M]
+        spans = zip(starts.tolist(), stops.tolist(), strict=True)
+        means = torch.stack([x[a:b].mean(dim=0) for a, b in spans])
+        clusters = merge_clusters(
+            means.gather(1, position[..., None].expand(-1, -1, x.shape[2])),
+            sizes,
+            counts,
+            neighbours=self.neighbours,
+            beta=self.beta,
+        )
+        group, slot = (torch.from_numpy(i).to(x.device) for i in _leading(counts, int(counts.max())))
+        first = torch.from_numpy(starts).to(x.device)[group] * x.shape[1]
+        copies = torch.from_numpy(stops - starts).to(x.device)[group]
+        return (
+            clusters.merged[group, slot],
+            first + position[group, clusters.centre[group, slot]],
+            (clusters.members[group, slot] * copies).to(torch.float32),
+        )
+
+
+def _split_budget(segments: Segments, budget: int) -> tuple[Ints, Ints]:
+    """Quotas of each segment's static tokens [S] and of each frame's dynamic tokens [T]."""
+    of_frame = segments.of_frame
+    num_static = segments.static.sum(axis=1)
+    num_dynamic = segments.static.shape[1] - num_static[of_frame]
+    segment = np.concatenate([np.arange(len(num_static)), of_frame])
+    # a segment's static group goes before its frames
+    order = np.argsort(segment, kind="stable")
+    quotas = np.zeros(len(segment), dtype=np.int64)
+    quotas[order] = exact_quotas(np.concatenate([num_static, num_dynamic])[order], segment[order], budget)
+    return quotas[: len(num_static)], quotas[len(num_static) :]
+
+
+def _most_salient(
+    x: Tensor, saliency: Tensor, segments: Segments, quotas: Ints
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The most salient dynamic tokens of each frame, equal ones by position."""
+    static = torch.from_numpy(segments.static[segments.of_frame]).to(x.device)
+    ranked = saliency.masked_fill(static, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+    frame, rank = (torch.from_numpy(i).to(x.device) for i in _leading(quotas, x.shape[1]))
+    position = ranked[frame, rank]
+    return x[frame, position], frame * x.shape[1] + position, _ones(x, len(position))
+
+
+def _merge_most_similar(x: Tensor, cosine: np.ndarray, segments: Segments, budget: int) -> Reduced:
+    """Where merging over time alone would go below the budget, merge only the most similar neighbours.
+
+    Each merge of a static token with the same position in the next frame removes exactly one token.
+    """
+    frames, tokens, _ = x.shape
+    of_frame = segments.of_frame
+    within = segments.static[of_frame[:-1]] & (of_frame[:-1] == of_frame[1:])[:, None]
+    candidates = np.flatnonzero(within)
+    best = np.argsort(-cosine.flat[candidates], kind="stable")[: frames * tokens - budget]
+    joined: Bools = np.zeros_like(within)
+    joined.flat[candidates[best]] = True
+
+    length = run_lengths(joined) + 1
+    heads = np.append(np.ones((1, tokens), dtype=np.bool_), ~joined, axis=0)
+    source = np.flatnonzero(heads)
+    weight = torch.from_numpy(length.flat[source]).to(x.device, torch.float32)
+    last = torch.from_numpy(source + (length.flat[source] - 1) * tokens).to(x.device)
+    # a running sum frame by frame, because scattered additions on a GPU come in any order
+    join = torch.from_numpy(joined).to(x.device)[..., None]
+    sums = [x[0]]
+    for t in range(1, frames):
+        sums.append(torch.where(join[t - 1], sums[-1] + x[t], x[t]))
+    merged = torch.stack(sums).flatten(0, 1)[last] / weight[:, None]
+    return Reduced(embeddings=merged, source=torch.from_numpy(source).to(x.device), weight=weight)
+
+
+def _leading(counts: Ints, width: int) -> tuple[Ints, Ints]:
+    """Row and column of the first `counts[row]` entries of each row of a table `width` wide."""
+    row, column = np.nonzero(np.arange(width) < counts[:, None])
+    return row, column
+
+
+def _ones(x: Tensor, length: int) -> Tensor:
+    return torch.ones(length, dtype=torch.float32, device=x.device)

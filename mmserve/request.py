@@ -1,0 +1,136 @@
+"""Plain data of a request and its result, as they travel between processes and out to clients.
+
+Knows nothing about transport, tensors or HTTP.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Literal
+
+import msgspec
+
+from mmserve.sampling import Logprob, SamplingParams
+
+Modality = Literal["image", "video"]
+
+
+class _Data(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class MediaOptions(_Data, frozen=True):
+    """How a video is sampled: `num_frames` evenly, or `fps` frames per second of its own clock.
+
+    At most one of the two is given; with neither, up to `num_frames` 32 are sampled.
+    """
+
+    num_frames: int | None = None
+    fps: float | None = None
+
+
+class MediaRef(_Data, frozen=True):
+    """One media item at rest on this host.
+
+    `path` is a file a worker may open; `digest` the SHA-256 of its bytes in hex; `source` what
+    reports call it (never a full URL with a query). A `.npy` file holds frames taken as sampled,
+    uint8 [T, H, W, 3], at `array_fps`.
+    """
+
+    modality: Modality
+    path: str
+    digest: str
+    source: str
+    options: MediaOptions = MediaOptions()
+    array_fps: float | None = None
+
+
+class Methods(_Data, frozen=True):
+    """Which methods make the work smaller, by registry name, and how hard."""
+
+    prune: str = "none"
+    keep: float = 1.0  # share of visual tokens that survives
+    attention: str = "dense"
+    kv: str = "none"
+    kv_budget: float | None = None  # at most 1: share of visual slots; above 1: slots per head
+    kv_dtype: str = "auto"
+
+
+class MediaReport(_Data, frozen=True):
+    """What was really sampled from one item."""
+
+    source: str
+    frames: int
+    timestamps_s: tuple[float, ...]
+    lost_frames: int
+    width: int
+    height: int
+
+
+class Usage(_Data, frozen=True):
+    """Counts as `interface.md` names them; `kv_bytes` after compression, `kv_bytes_uncompressed` before."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    visual_tokens: int = 0
+    visual_tokens_kept: int = 0
+    visual_tokens_cached: int = 0
+    kv_bytes: int = 0
+    kv_bytes_uncompressed: int = 0
+
+
+class Timings(_Data, frozen=True):
+    """Milliseconds per stage; the parts from `fetch` to `other` sum to `ttft`."""
+
+    fetch: float = 0.0
+    decode: float = 0.0  # of video and images, not of text
+    preprocess: float = 0.0
+    encode: float = 0.0
+    prune: float = 0.0
+    transfer: float = 0.0
+    queue: float = 0.0
+    prefill: float = 0.0
+    other: float = 0.0
+    ttft: float = 0.0
+    generate: float = 0.0
+    total: float = 0.0
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+
+
+class Chunk(_Data, frozen=True):
+    """A step of a streamed answer: new text (may be empty) and the tokens behind it."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[dict[int, Logprob], ...] | None = None
+
+
+class Completion(_Data, frozen=True):
+    """A finished request: the whole answer with everything that is reported about it."""
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    prompt_token_ids: tuple[int, ...]
+    usage: Usage
+    timings_ms: Timings
+    media: tuple[MediaReport, ...]
+    methods: Methods
+    logprobs: tuple[dict[int, Logprob], ...] | None = None
+
+
+class Prompt(_Data, frozen=True):
+    """What a front door hands to the pipeline: tokens with one placeholder per media item, in order."""
+
+    token_ids: tuple[int, ...]
+    media: tuple[MediaRef, ...] = ()
+    sampling: SamplingParams = SamplingParams()
+    methods: Methods = Methods()
+    salt: str = ""  # separates the caches of tenants

@@ -1,0 +1,1 @@
+"""The HTTP front door. Imports no torch, transformers, PIL or av."""

@@ -1,0 +1,1 @@
+"""The processes behind the API: their loop, their handlers, and the supervisor that starts them."""

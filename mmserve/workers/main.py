@@ -1,0 +1,159 @@
+"""A worker process: `python -m mmserve.workers.main`, configuration on stdin, one loop until told to stop.
+
+The same handlers run on a thread of another process when stages are colocated (`run_worker`).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from mmserve.log import setup_logging
+from mmserve.messages import Role
+from mmserve.queues import Dealer
+from mmserve.workers.process import receive_config
+
+if TYPE_CHECKING:
+    import torch
+
+    from mmserve.models.loader import Checkpoint
+    from mmserve.transfer import LeaseStore
+    from mmserve.workers.loop import Handler, Reporter
+
+
+class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything one worker needs to know; resolved by the supervisor."""
+
+    name: str
+    roles: tuple[Role, ...]
+    endpoint: str
+    directories: tuple[str, ...]  # where leases and decoded frames may lie, the preferred place first
+    model: str
+    dtype: str = "auto"
+    threads: int = 1
+    kv_memory_bytes: int = 1 << 30
+    embedding_cache_bytes: int = 256 << 20
+    page_size: int = 32
+
+
+def run_worker(config: WorkerConfig, should_stop: Callable[[], bool]) -> None:
+    """Load what the roles need and serve until `should_stop`; everything is released on return."""
+    from mmserve.models.loader import load_checkpoint, weights_revision
+    from mmserve.transfer import LeaseStore
+    from mmserve.workers.loop import WorkerLoop
+
+    checkpoint = load_checkpoint(config.model, _dtype(config.dtype), _device())
+    directories = tuple(map(Path, config.directories))
+    with ExitStack() as stack:
+        dealer = stack.enter_context(Dealer(config.endpoint, config.name.encode()))
+        leases = stack.enter_context(LeaseStore(directories))
+        loop = WorkerLoop(dealer, weights_revision(checkpoint.path), os.getpid())
+        handlers: list[Handler] = []
+        if Role.ENCODE in config.roles:
+            handlers.append(_encode_handler(config, checkpoint, leases, loop, stack))
+        language = tuple(role for role in config.roles if role is not Role.ENCODE)
+        if language:
+            handlers.append(_language_handler(config, checkpoint, leases, loop, language))
+        loop.run(handlers, should_stop, leases.sweep)
+        dealer.flush(1.0)
+
+
+def _encode_handler(
+    config: WorkerConfig, checkpoint: Checkpoint, leases: LeaseStore, reporter: Reporter, stack: ExitStack
+) -> Handler:
+    from mmserve.encoders.cache import EmbeddingCache
+    from mmserve.media.limits import MediaLimits
+    from mmserve.media.preprocess import Preprocessing
+    from mmserve.media.sandbox import Sandbox
+    from mmserve.models.layout.llava_onevision import Geometry
+    from mmserve.models.loader import load_vision, weights_revision
+    from mmserve.workers.encode import EncodeHandler
+
+    sandbox = Sandbox(Path(config.directories[0]), MediaLimits())
+    stack.callback(sandbox.close)
+    return EncodeHandler(
+        vision=load_vision(checkpoint),
+        geometry=Geometry.from_config(checkpoint.config.to_dict()),
+        preprocessing=Preprocessing.from_model_dir(checkpoint.path),
+        weights_revision=weights_revision(checkpoint.path),
+        sandbox=sandbox,
+        cache=EmbeddingCache(config.embedding_cache_bytes),
+        leases=leases,
+        reporter=reporter,
+    )
+
+
+def _language_handler(
+    config: WorkerConfig,
+    checkpoint: Checkpoint,
+    leases: LeaseStore,
+    reporter: Reporter,
+    roles: tuple[Role, ...],
+) -> Handler:
+    import torch
+
+    from mmserve.engine.runner import Runner
+    from mmserve.kv.store import PageStore, num_pages_for
+    from mmserve.kv.table import PageTable
+    from mmserve.models.chat import ChatFormat
+    from mmserve.models.loader import load_decoder
+    from mmserve.workers.language import LanguageHandler
+
+    text, chat = checkpoint.text, ChatFormat.from_model_dir(checkpoint.path)
+    pages = num_pages_for(
+        config.kv_memory_bytes, page_size=config.page_size, head_dim=text.head_dim, dtype=checkpoint.dtype
+    )
+    runner = Runner(
+        load_decoder(checkpoint),
+        PageTable(text.layers, text.kv_heads, pages, config.page_size),
+        PageStore(pages, config.page_size, text.head_dim, checkpoint.dtype, checkpoint.device),
+        torch.device(checkpoint.device),
+    )
+    return LanguageHandler(
+        runner=runner,
+        roles=roles,
+        media_tokens=(chat.image_token, chat.video_token),
+        eos_tokens=chat.eos_tokens,
+        leases=leases,
+        lease_directories=tuple(map(Path, config.directories)),
+        reporter=reporter,
+    )
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _dtype(name: str) -> torch.dtype | None:
+    """`auto` is the checkpoint's own type on a GPU and float32 on a CPU, where it is as fast and exact."""
+    import torch
+
+    if name == "auto":
+        return None if torch.cuda.is_available() else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def main() -> None:
+    config = receive_config(WorkerConfig)
+    setup_logging()
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    # an interactive interrupt goes to the whole group: the parent decides what it means
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import torch
+
+    torch.set_num_threads(config.threads)
+    run_worker(config, stop.is_set)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""The shell around the dispatcher: one thread that owns the router socket and moves messages.
+
+Front doors (API, batch, `LLM`) call it from any thread; news reach them through a callback. Knows
+nothing about HTTP or models.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TypeVar
+
+from mmserve import messages as m
+from mmserve.errors import MMServeError, Unavailable, WireError
+from mmserve.messages import Role
+from mmserve.queues import Router
+from mmserve.request import Prompt
+from mmserve.transfer import unlink_lease
+from mmserve.wire import Codec
+from mmserve.workers.dispatcher import Dispatcher, Update
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+POLL_S = 0.1
+
+COMMANDS: Codec[m.Downward] = Codec(m.Downward)
+EVENTS: Codec[m.Upward] = Codec(m.Upward)
+
+
+class Pipeline:
+    """Runs a `Dispatcher` on its own thread and delivers each request's updates to its listener.
+
+    A listener is called on that thread, in order, and must not block; after the update with
+    `is_final` it is forgotten.
+    """
+
+    def __init__(
+        self, endpoint: str, directories: Sequence[Path], *, max_active: int, deadline_s: float
+    ) -> None:
+        self._router = Router(endpoint)
+        self._directories = directories
+        self.endpoint = self._router.endpoint
+        self._dispatcher = Dispatcher(clock=time.monotonic, max_active=max_active, deadline_s=deadline_s)
+        self._listeners: dict[str, Callable[[Update], None]] = {}
+        self._calls: list[Callable[[], None]] = []
+        self._lock = threading.Lock()
+        self._ready = threading.Condition()
+        self._roles: frozenset[Role] = frozenset()
+        self._failure: MMServeError | None = None
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="mmserve-pipeline", daemon=True)
+        self._thread.start()
+
+    # front door
+
+    def admit(self, listener: Callable[[Update], None], deadline_s: float | None = None) -> str:
+        """Reserve a place and name who hears about it; raises Overloaded."""
+
+        def register() -> str:
+            request_id = self._dispatcher.admit(deadline_s)
+            self._listeners[request_id] = listener
+            return request_id
+
+        return self._call(register)
+
+    def submit(self, request_id: str, prompt: Prompt, fetch_ms: float = 0.0) -> None:
+        self._post(lambda: self._dispatcher.submit(request_id, prompt, fetch_ms))
+
+    def cancel(self, request_id: str) -> None:
+        self._post(lambda: self._dispatcher.cancel(request_id))
+
+    def stop(self, request_id: str) -> None:
+        self._post(lambda: self._dispatcher.stop(request_id))
+
+    def fail(self, request_id: str, error: MMServeError) -> None:
+        self._post(lambda: self._dispatcher.fail(request_id, error))
+
+    def counts(self) -> dict[str, int]:
+        """Counters by reason, with gauges of what is active and waiting now."""
+        return self._call(
+            lambda: (
+                self._dispatcher.counts
+                | {"active": len(self._dispatcher.records), "waiting": len(self._dispatcher.waiting)}
+            )
+        )
+
+    @property
+    def is_ready(self) -> bool:
+        return self._roles >= set(Role)
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Block until every stage has a worker; raises what the supervisor reported, or Unavailable."""
+        with self._ready:
+            self._ready.wait_for(lambda: self.is_ready or self._failure is not None, timeout_s)
+        if self._failure is not None:
+            raise self._failure
+        if not self.is_ready:
+            missing = ", ".join(sorted(set(Role) - self._roles))
+            raise Unavailable(
+                f"Expected workers for every stage within {timeout_s:.0f} s, but none for {missing}"
+            )
+
+    def report_failure(self, error: MMServeError) -> None:
+        """The supervisor gave up on a worker: nobody should wait for it."""
+        with self._ready:
+            self._failure = error
+            self._ready.notify_all()
+
+    def close(self) -> None:
+        """End every request, then the thread. Idempotent."""
+        if self._closing:
+            return
+        self._post(self._dispatcher.abandon)
+        self._closing = True
+        self._router.wake()
+        self._thread.join()
+
+    # the thread
+
+    def _post(self, call: Callable[[], None]) -> None:
+        with self._lock:
+            self._calls.append(call)
+        self._router.wake()
+
+    def _call(self, function: Callable[[], T]) -> T:
+        if self._closing:
+            raise Unavailable("The server is shutting down")
+        if threading.current_thread() is self._thread:
+            return function()
+        answer: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                answer.set_result(function())
+            except MMServeError as error:
+                answer.set_exception(error)
+
+        self._post(run)
+        return answer.result(timeout=30)
+
+    def _run(self) -> None:
+        next_tick = 0.0
+        while True:
+            closing = self._closing
+            for worker, frame in self._router.poll(POLL_S):
+                self._receive(worker.decode("ascii", "replace"), frame)
+            with self._lock:
+                calls, self._calls = self._calls, []
+            for call in calls:
+                call()
+            if time.monotonic() >= next_tick:
+                self._dispatcher.tick()
+                next_tick = time.monotonic() + POLL_S
+            self._flush()
+            if closing and not calls:
+                break
+        self._router.close()
+
+    def _receive(self, worker: str, frame: bytes) -> None:
+        try:
+            upward = EVENTS.decode(frame)
+        except WireError as error:
+            logger.warning("dropped a frame from %s: %s", worker, error)
+            return
+        self._dispatcher.handle(worker, upward)
+
+    def _flush(self) -> None:
+        dispatcher = self._dispatcher
+        while dispatcher.outbox:
+            worker, number, command = dispatcher.outbox.popleft()
+            frame = COMMANDS.encode(m.Downward(epoch=dispatcher.epoch, number=number, command=command))
+            # a peer that is gone is not an error: its death is reported by the supervisor
+            self._router.send(worker.encode(), frame)
+        while dispatcher.orphaned:
+            unlink_lease(dispatcher.orphaned.popleft(), self._directories)
+        while dispatcher.updates:
+            update = dispatcher.updates.popleft()
+            listener = self._listeners.get(update.request_id)
+            if update.is_final:
+                self._listeners.pop(update.request_id, None)
+            if listener is not None:
+                listener(update)
+        roles = frozenset(dispatcher.ready_roles())
+        if roles != self._roles:
+            with self._ready:
+                self._roles = roles
+                self._ready.notify_all()

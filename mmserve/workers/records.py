@@ -1,0 +1,143 @@
+"""What the dispatcher remembers about a request and about a worker. Plain state, no decisions."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from mmserve.errors import MMServeError
+from mmserve.messages import (
+    Credits,
+    EncodedItem,
+    EncodeTimes,
+    Lease,
+    PromptPrefilled,
+    Role,
+    Sampled,
+)
+from mmserve.request import FinishReason, MediaReport, Prompt, Timings, Usage
+
+
+class State(StrEnum):
+    FETCHING = "fetching"
+    QUEUED = "queued"
+    ENCODING = "encoding"
+    PREFILLING = "prefilling"
+    DECODING = "decoding"
+    FINISHED = "finished"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_terminal(self) -> bool:
+        return self in (State.FINISHED, State.FAILED, State.CANCELLED)
+
+
+@dataclass(slots=True)
+class Item:
+    """One media item of a request."""
+
+    worker: str | None = None  # who encodes it now
+    keep_bound: int = 0  # most tokens it can end up with, once planned
+    encoded: EncodedItem | None = None
+    cached_tokens: int = 0
+    report: MediaReport | None = None
+    times: EncodeTimes | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Record:
+    """A request from admission to its one terminal state. Times are seconds of the injected clock."""
+
+    request_id: str
+    admitted_at: float
+    deadline_at: float
+    prompt: Prompt | None = None
+    state: State = State.FETCHING
+    attempt: int = 0
+    items: list[Item] = field(default_factory=list)
+    worker: str | None = None  # language worker that has it now
+    prefilled: PromptPrefilled | None = None
+    kv_lease: Lease | None = None
+    tokens: list[Sampled] = field(default_factory=list)
+    is_suspect: bool = False  # was in a step that died: runs alone from now on
+    deaths_without_progress: int = 0
+    fetch_ms: float = 0.0
+    waited_ms: float = 0.0  # for credits, over all stages
+    first_token_at: float | None = None
+    ended_at: float | None = None
+    finish: FinishReason | None = None
+    error: MMServeError | None = None
+
+    def usage(self) -> Usage:
+        assert self.prompt is not None
+        encoded = [item.encoded for item in self.items if item.encoded is not None]
+        visual = sum(item.tokens for item in encoded)
+        return Usage(
+            prompt_tokens=len(self.prompt.token_ids) - len(self.items) + visual,
+            completion_tokens=len(self.tokens),
+            visual_tokens=visual,
+            visual_tokens_kept=sum(item.kept for item in encoded),
+            visual_tokens_cached=sum(item.cached_tokens for item in self.items),
+            kv_bytes=self.prefilled.kv_bytes if self.prefilled else 0,
+            kv_bytes_uncompressed=self.prefilled.kv_bytes_uncompressed if self.prefilled else 0,
+        )
+
+    def timings(self) -> Timings:
+        """Stage times whose parts sum to `ttft`; parts that ran in parallel are scaled to fit."""
+        end = self.ended_at if self.ended_at is not None else self.admitted_at
+        first = self.first_token_at if self.first_token_at is not None else end
+        times = [item.times for item in self.items if item.times is not None]
+        prefilled = self.prefilled
+        parts = {
+            "fetch": self.fetch_ms,
+            "decode": sum(t.decode for t in times),
+            "preprocess": sum(t.preprocess for t in times),
+            "encode": sum(t.encode for t in times),
+            "prune": sum(t.prune for t in times),
+            "transfer": sum(t.publish for t in times) + (prefilled.transfer_ms if prefilled else 0.0),
+            "queue": self.waited_ms
+            + sum(t.queue for t in times)
+            + (prefilled.queue_ms if prefilled else 0.0),
+            "prefill": prefilled.prefill_ms if prefilled else 0.0,
+        }
+        ttft = (first - self.admitted_at) * 1e3
+        measured = sum(parts.values())
+        if measured > ttft:
+            parts = {name: value * ttft / measured for name, value in parts.items()}
+        other = max(ttft - sum(parts.values()), 0.0)
+        total = (end - self.admitted_at) * 1e3
+        return Timings(**parts, other=other, ttft=ttft, generate=total - ttft, total=total)
+
+
+@dataclass(slots=True, kw_only=True)
+class Worker:
+    """A live worker as the dispatcher sees it.
+
+    Credits are absolute; what was sent after the last command the worker had seen is subtracted.
+    """
+
+    name: str
+    roles: tuple[Role, ...]
+    capacity: Credits
+    credits: Credits
+    last_heard_at: float
+    sent: int = 0
+    unseen: deque[tuple[int, int]] = field(default_factory=deque)  # (command number, slots)
+    holds: set[str] = field(default_factory=set)  # requests with work here
+    step: tuple[str, ...] = ()  # who is blamed if it dies now
+    step_bound_s: float = 0.0
+    reserved_for: str | None = None  # a suspect that must run alone here
+    is_killed: bool = False
+
+    def heard(self, credits: Credits, seen: int, now: float) -> None:
+        self.credits = credits
+        self.last_heard_at = now
+        while self.unseen and self.unseen[0][0] <= seen:
+            self.unseen.popleft()
+
+    def can_take(self, slots: int) -> bool:
+        free_requests = self.credits.requests - len(self.unseen)
+        free_slots = self.credits.slots - sum(cost for _, cost in self.unseen)
+        return not self.is_killed and free_requests > 0 and free_slots >= slots

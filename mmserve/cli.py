@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from mmserve import __version__, log
+from mmserve import __version__
 from mmserve.errors import BadRequest, MMServeError
+from mmserve.log import setup_logging
 
 if TYPE_CHECKING:
     from mmserve.batch.answerers import Answerer
@@ -38,9 +39,7 @@ app = typer.Typer(
 METHODS = "Methods"
 FRAMES = "Frames and answer"
 
-Model = Annotated[
-    str, typer.Option(help="The embedded 'tiny', a Hugging Face directory, or a hub name.", metavar="M")
-]
+Model = Annotated[str, typer.Option(help="A Hugging Face directory or hub name.", metavar="M")]
 Prune = Annotated[
     str, typer.Option(help="Drops or merges visual tokens.", metavar="NAME", rich_help_panel=METHODS)
 ]
@@ -95,7 +94,10 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 @app.command()
 def ask(
-    inputs: Annotated[list[str], typer.Argument(metavar='FILE_OR_URL... "QUESTION"', show_default=False)],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar='FILE_OR_URL... "QUESTION"', help="Images, videos, and last the question."),
+    ],
     model: Model = "tiny",
     prune: Prune = "none",
     keep: Keep = 1.0,
@@ -112,7 +114,7 @@ def ask(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Ask a question about images and videos; it comes last: mmserve ask clip.mp4 "What happens?" """
+    """Ask a question about images and videos: mmserve ask clip.mp4 "What happens?" """
     if len(inputs) < 2:
         raise typer.BadParameter('Expected files or URLs and then a "question"')
     from mmserve import ask as asking
@@ -154,10 +156,9 @@ def batch(
     ] = False,
     table: Annotated[bool, typer.Option("--table", help="Print questions and answers at the end.")] = False,
 ) -> None:
-    """Answer a file of questions.
+    """Answer a file of questions; the same command given again continues a run that was stopped.
 
-    A run that was stopped continues when the same command is given again. Where the questions come
-    with answers, the last line printed is the accuracy.
+    Where the questions come with answers, the last line printed is the accuracy.
     """
     if output is None and not dry_run:
         raise typer.BadParameter("Expected a file for the answers: -o ANSWERS.jsonl")
@@ -222,8 +223,7 @@ def evaluate(
 ) -> None:
     """Measure accuracy beside speed and memory, as a Markdown table.
 
-    Method options take comma lists or all; every combination is compared with the dense run, which
-    is always among them. Ratios below 1 mean less than dense.
+    Method options take comma lists or "all". Every combination is compared with the dense run.
     """
     from mmserve.evaluation import run
 
@@ -254,7 +254,7 @@ def serve(
     model: Annotated[str | None, typer.Argument(help="Default: tiny, or what the file says.")] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="YAML; other options win.", metavar="F.yaml", exists=True, dir_okay=False),
+        typer.Option(help="YAML; options given here win.", metavar="F.yaml", exists=True),
     ] = None,
     epd: Annotated[
         str | None, typer.Option(help="Encode, prefill and decode workers; 1,1,1 by default.")
@@ -277,14 +277,14 @@ def serve(
     }
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     resolved = replace(resolved, **changes)
-    from mmserve.workers.supervisor import serve as run
+    from mmserve.server.serve import serve as run
 
     raise typer.Exit(run(resolved, demo=demo))
 
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Show what this machine has and what it lacks; fails when something required is missing."""
+    """Show what this machine has and what it lacks."""
     from mmserve import doctor as doctoring
 
     found = doctoring.report()
@@ -303,9 +303,9 @@ def methods(as_json: AsJson = False) -> None:
 
 @app.command("check-config")
 def check_config(
-    config: Annotated[Path, typer.Argument(metavar="F.yaml", exists=True, dir_okay=False)],
+    config: Annotated[Path, typer.Argument(metavar="F.yaml", exists=True)],
 ) -> None:
-    """Check a configuration file and print it with every default and limit filled in."""
+    """Check a configuration file and print it with every default and limit."""
     import yaml
 
     from mmserve import catalogue
@@ -320,8 +320,8 @@ def check_config(
 def main() -> int:
     """Run the command line; the exit code. Errors are one line on stderr, MMSERVE_LOG=debug shows all."""
     try:
-        log.setup(os.environ.get("MMSERVE_LOG") or "warning")
-        app()
+        setup_logging(os.environ.get("MMSERVE_LOG") or "warning")
+        app(prog_name="mmserve")
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except MMServeError as error:
@@ -375,9 +375,7 @@ def _epd(text: str | None) -> tuple[int, int, int] | None:
     if text is None:
         return None
     if len(counts) != 3 or text.count(",") != 2:
-        raise typer.BadParameter(
-            f"Expected --epd as three counts of 1 or more, such as 1,1,1, but got {text}"
-        )
+        raise typer.BadParameter(f"Expected --epd as three counts such as 1,1,1, but got {text}")
     return counts[0], counts[1], counts[2]
 
 

@@ -238,6 +238,10 @@ class LLM:
             found = save_frames(pixels, self._run_dir.path, part.modality, part.fps)
         return msgspec.structs.replace(found, options=part.options)
 
+    def worker_pids(self) -> dict[str, int]:
+        """Process ids of the workers by name, for monitoring."""
+        return self._pipeline.worker_pids()
+
     # life
 
     def close(self) -> None:

@@ -96,7 +96,9 @@ class _Dispatcher(Collector):
     def collect(self) -> Iterator[Metric]:
         counts = dict(self._counts())
         now = GaugeMetricFamily(
-            "mmserve_dispatcher_now", "Requests in the dispatcher and jobs waiting for a worker", labels=["what"]
+            "mmserve_dispatcher_now",
+            "Requests in the dispatcher and jobs waiting for a worker",
+            labels=["what"],
         )
         for name in _GAUGES:
             now.add_metric([name], counts.pop(name, 0))

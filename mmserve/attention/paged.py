@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mmserve.kv.store import PageStore
-from mmserve.kv.table import PageTable, SlotArray
+from mmserve.kv.table import IntArray, PageTable, SlotArray
 
 
 class SequenceRows(NamedTuple):
@@ -70,17 +70,24 @@ class PagedAttention:
         """Rows of one sequence; KV heads are the batch axis, the query heads of a group the head axis."""
         slots, orders = self._table.slots(rows.sequence, layer), self._table.orders(rows.sequence, layer)
         k, v = self._read(slots, q)  # [kv_heads, S, d]
-        query_orders = self._table.order(rows.sequence, layer, 0)[-len(q) :]
-        visible = torch.from_numpy(orders[:, None, :] <= query_orders[:, None]).to(q.device)
         grouped = q.transpose(0, 1).unflatten(0, (len(k), -1))  # [kv_heads, group, n, d]
         shape = grouped.shape[:2]
+        # with nothing older in any head, row i sees the first i + 1 slots
+        is_first = k.shape[1] == len(q)
+        visible = None if is_first else self._visible(orders, rows, layer).to(q.device)[:, None]
         out = functional.scaled_dot_product_attention(
             grouped,
             k[:, None].expand(*shape, -1, -1),
             v[:, None].expand(*shape, -1, -1),
-            attn_mask=visible[:, None],
+            attn_mask=visible,
+            is_causal=is_first,
         )
         return out.flatten(0, 1).transpose(0, 1)
+
+    def _visible(self, orders: IntArray, rows: SequenceRows, layer: int) -> Tensor:
+        """Which slots each row sees, bool [kv_heads or 1, n, S]; the new rows are alike in all heads."""
+        query_orders = self._table.order(rows.sequence, layer, 0)[rows.start - rows.stop :]
+        return torch.from_numpy(orders[:, None, :] <= query_orders[:, None])
 
     def _decode(self, layer: int, q: Tensor) -> Tensor:
         """One row per sequence, padded to the longest; the query heads of a group are the row axis."""

@@ -42,7 +42,7 @@ class Job:
 
 
 def answer(job: Job, open_answerer: Callable[[], AbstractContextManager[Answerer]]) -> int:
-    """Answer what is open, print what was asked for; the exit code. Nothing is opened when nothing is open."""
+    """Answer what is open, print what was asked for; the exit code. Nobody is called for nothing."""
     every = _read(job)
     chosen = select(every, limit=job.limit, shard=job.shard)
     wanted = {question.question_id for question in chosen}
@@ -57,9 +57,11 @@ def answer(job: Job, open_answerer: Callable[[], AbstractContextManager[Answerer
         if len(todo) < len(chosen):
             typer.echo(f"{len(chosen) - len(todo)} of {len(chosen)} are answered already", err=True)
         needed = any(question.problem is None for question in todo)
-        with open_answerer() if needed else nullcontext(_Nobody()) as answerer:
-            with progress_bar(len(todo), "answering") as advance:
-                run(todo, answerer, file, concurrency=job.concurrency, on_row=advance)
+        with (
+            open_answerer() if needed else nullcontext(_Nobody()) as answerer,
+            progress_bar(len(todo), "answering") as advance,
+        ):
+            run(todo, answerer, file, concurrency=job.concurrency, on_row=advance)
         file.finalise([question.question_id for question in every])
         return _conclude(job, chosen, file.rows)
 

@@ -237,7 +237,7 @@ def sample_scene(rng: np.random.Generator, topic: str, frames: int = 8, flash_fr
     if topic == "order" or (
         topic not in ("count", "cuts") and frames > 1 and rng.random() < 0.1 and board.lanes == 3
     ):
-        for start, span in _moments(rng, frames, 2, flash_frames):
+        for start, span in _moments(rng, frames, 2, min(flash_frames, frames // 2)):
             actors.append(board.rest(start, start + span, flash=True))
     if topic == "digit" or (
         topic not in ("count",) and frames > 1 and rng.random() < 0.1 and board.free_cells > 2

@@ -1,6 +1,6 @@
 """Train the embedded model `tiny`: `python -m mmserve.evaluation.train_tiny --out RUN`.
 
-Three phases, each resumable from RUN/*.pt: the tower learns what lies under every token, aligned
+Three phases, each resumable from RUN/*.safetensors: the tower learns what lies under every token, aligned
 with the word embeddings; then the language model learns to answer, many questions to a clip, on
 embeddings computed once; then everything is tuned together. Reproducible from the seed.
 """
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mmserve.evaluation.checkpoint import load_state, save_state
 from mmserve.evaluation.clipworld import Scene
 from mmserve.evaluation.drawing import COLOURS
 from mmserve.evaluation.tiny_data import (
@@ -82,9 +83,9 @@ class Trainer:
 
     def train_tower(self, steps: int, clips: int, batch: int) -> None:
         """Per-token classification with the word embeddings themselves as the classifier."""
-        state = self.run / "tower.pt"
+        state = self.run / "tower.safetensors"
         if state.exists():
-            self.model.load_state_dict(torch.load(state, weights_only=True))
+            load_state(state, self.model, None)
             return
         pool = clip_pool(self.seed, 0, clips, 8, self.workers)
         held = clip_pool(self.seed, HELD_OUT, 32, 8, self.workers)
@@ -118,7 +119,7 @@ class Trainer:
                 step += 1
                 if step >= steps:
                     break
-        torch.save(self.model.state_dict(), state)
+        save_state(state, self.model, None, steps)
 
     def _tower_loss(
         self,
@@ -164,15 +165,12 @@ class Trainer:
 
     def train_language(self, steps: int, shard: int, passes: int, batch: int, most: int, frames: int) -> None:
         """Answer loss on fresh shards of clips whose embeddings are computed once and used `passes` times."""
-        state = self.run / "language.pt"
+        state = self.run / "language.safetensors"
         language = [*self.model.model.language_model.parameters(), self.model.model.image_newline]
         optimiser = torch.optim.AdamW(_decayed(language), betas=(0.9, 0.98))
         step = 0
         if state.exists():
-            saved = torch.load(state, weights_only=True)
-            self.model.load_state_dict(saved["model"])
-            optimiser.load_state_dict(saved["optimiser"])
-            step = saved["step"]
+            step = load_state(state, self.model, optimiser)
         held_scenes, held = self._embeddings(256, HELD_OUT, frames)
         started = time.monotonic()
         while step < steps:
@@ -194,9 +192,7 @@ class Trainer:
                         self._log("language", step, started, **scores)
                     if step >= steps:
                         break
-            saved = {"model": self.model.state_dict(), "optimiser": optimiser.state_dict(), "step": step}
-            torch.save(saved, state.with_suffix(".tmp"))
-            os.replace(state.with_suffix(".tmp"), state)
+            save_state(state, self.model, optimiser, step)
 
     def _answer_losses(self, visual: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
         """Cross entropy and arg-max of every asked token, [targets]."""
@@ -285,7 +281,7 @@ def main() -> None:
     trainer = Trainer(arguments)
     trainer.train_tower(arguments.tower_steps, clips=4096, batch=128)
     trainer.train_language(
-        arguments.language_steps, shard=2048, passes=4, batch=16, most=12, frames=arguments.frames
+        arguments.language_steps, shard=2048, passes=6, batch=16, most=8, frames=arguments.frames
     )
     trainer.save(trainer.run / "checkpoint")
 

@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import unquote
 
 import httpx
@@ -153,36 +154,22 @@ class Fetcher:
 
     def _store_file(self, url: str, modality: Modality) -> tuple[StoredFile, str]:
         root = self._policy.file_root
-        refused = Forbidden("The file: URL does not name a file under the allowed root")
         if root is None:
             raise Forbidden("file: URLs are not allowed here")
         quoted = _file_path(url)
-        try:
-            inside = root.resolve(strict=True)
-            fd = os.open(
-                Path(unquote(quoted)).resolve(strict=True), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-            )
-        except (OSError, RuntimeError, ValueError) as error:
-            raise refused from error
-        with os.fdopen(fd, "rb") as source:
-            # judge what was opened, not what the path named a moment ago
-            opened = Path(os.readlink(f"/proc/self/fd/{source.fileno()}"))
-            if not opened.is_relative_to(inside) or not stat.S_ISREG(os.fstat(source.fileno()).st_mode):
-                raise refused
-            max_bytes = self._limits.max_bytes(modality)
-            with self._store.incoming(max_bytes) as file:
-                while part := source.read(_READ_BYTES):
-                    file.write(part)
-                return file.finish(), f"file://{quoted}"
+        max_bytes = self._limits.max_bytes(modality)
+        with _open_under(root, unquote(quoted)) as source, self._store.incoming(max_bytes) as file:
+            while part := source.read(_READ_BYTES):
+                file.write(part)
+            return file.finish(), f"file://{quoted}"
 
     async def _download(self, url: str, modality: Modality) -> tuple[StoredFile, str]:
         timeout_s = self._limits.max_fetch_s(modality)
         try:
             async with asyncio.timeout(timeout_s):
                 parsed = self._parse(url)
-                return await self._follow(
-                    parsed, modality
-                ), f"{parsed.scheme}://{parsed.netloc.decode()}{parsed.path}"
+                stored = await self._follow(parsed, modality)
+                return stored, f"{parsed.scheme}://{parsed.netloc.decode()}{parsed.path}"
         except TimeoutError as error:
             raise MediaError(
                 f"Expected the media to arrive within {timeout_s:g} s, but it took longer"
@@ -310,10 +297,27 @@ def local_media(
 
 def _file_path(url: str) -> str:
     """The path of a file: URL, still quoted."""
-    match = re.fullmatch(r"file:(?://(?:localhost)?)?(/[^?#]*)", url, re.IGNORECASE | re.DOTALL)
+    match = re.fullmatch(r"file:(?://(?:localhost)?)?(/(?!/)[^?#]*)", url, re.IGNORECASE | re.DOTALL)
     if match is None or "\x00" in unquote(match[1]):
         raise BadRequest("Expected a file: URL of the form file:///absolute/path, but got another form")
     return match[1]
+
+
+def _open_under(root: Path, path: str) -> BinaryIO:
+    """Open a regular file under `root`; what was opened is judged, not what the path named before."""
+    refused = Forbidden("The file: URL does not name a file under the allowed root")
+    try:
+        inside = root.resolve(strict=True)
+        fd = os.open(
+            Path(path).resolve(strict=True), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise refused from error
+    opened = Path(os.readlink(f"/proc/self/fd/{fd}"))
+    if not opened.is_relative_to(inside) or not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise refused
+    return os.fdopen(fd, "rb")
 
 
 def _guess(url: str) -> Modality:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mmserve.errors import MediaError
+
+if TYPE_CHECKING:  # the decoding process has no use for a deployment's configuration
+    from mmserve.config import Limits
 
 DEFAULT_FRAMES = 32
 
@@ -38,6 +42,25 @@ class MediaLimits:
     job_cpu_s: int = 60
     job_deadline_s: float = 60.0
     start_deadline_s: float = 20.0
+
+    @classmethod
+    def from_config(cls, limits: Limits) -> MediaLimits:
+        """The part of a deployment's limits that concerns one item."""
+        return cls(
+            max_image_bytes=limits.max_image_bytes,
+            max_image_fetch_s=limits.max_image_fetch_s,
+            max_video_bytes=limits.max_video_bytes,
+            max_video_fetch_s=limits.max_video_fetch_s,
+            min_side=limits.min_side,
+            max_side=limits.max_side,
+            max_pixels=limits.max_pixels,
+            max_aspect=limits.max_aspect,
+            default_frames=limits.default_frames,
+            max_frames=limits.max_frames,
+            max_total_pixels=limits.max_total_pixels,
+            max_duration_s=limits.max_duration_s,
+            job_deadline_s=limits.job_deadline_s,
+        )
 
     def max_bytes(self, modality: str) -> int:
         return self.max_image_bytes if modality == "image" else self.max_video_bytes

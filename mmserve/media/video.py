@@ -308,9 +308,11 @@ def _best_stream(container: InputContainer, limits: MediaLimits) -> VideoStream:
     stream = container.streams.best("video")
     if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
         raise MediaError("The file has no video stream")
-    if stream.codec_context.name not in _CODECS:
+    # a stream nobody can decode has no codec context at all
+    codec = stream.codec_context
+    if codec is None or codec.name not in _CODECS:
         raise MediaError("The video's codec is not supported")
-    limits.check_size(stream.codec_context.width, stream.codec_context.height)
+    limits.check_size(codec.width, codec.height)
     if container.duration is not None:
         _check_duration(container.duration / av.time_base, limits)
     return stream

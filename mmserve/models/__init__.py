@@ -1,1 +1,1 @@
-"""Language models: the text decoder, checkpoint loading, and the layout of prompts. `layout` imports no torch."""
+"""Language models: text decoder, checkpoint loading, prompt layout. `layout` imports no torch."""

@@ -71,7 +71,9 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def routing(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        known = MMServeError(f"{http.HTTPStatus(error.status_code).phrase}: see /openapi.json for what exists")
+        known = MMServeError(
+            f"{http.HTTPStatus(error.status_code).phrase}: see /openapi.json for what exists"
+        )
         known.status = error.status_code
         known.code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad_request")
         response = error_response(known)

@@ -228,7 +228,9 @@ def _check_extra(kind: type[BaseModel], extra: dict[str, Any]) -> None:
         if name in _NEUTRAL:
             if value not in _NEUTRAL[name]:
                 allowed = " or ".join(repr(neutral) for neutral in _NEUTRAL[name])
-                raise FieldError(name, f"Expected {name} to be left out or {allowed}: it is not supported here")
+                raise FieldError(
+                    name, f"Expected {name} to be left out or {allowed}: it is not supported here"
+                )
             continue
         known = [*kind.model_fields, *_NEUTRAL]
         raise FieldError(name[:80], _unknown(name, known))
@@ -244,11 +246,15 @@ def _explained(
 ) -> FieldError:
     """A pydantic error in our words: how far its path names fields, what they take, what was there."""
     path: list[str] = []
-    expected, value, model = "another value", body, kind
+    expected = "another value"
+    value: object = body
+    model: type[BaseModel] = kind
     for step in loc:
-        field = model.model_fields.get(str(step)) if model is not None else None
+        field = model.model_fields.get(str(step))
         if problem == "extra_forbidden" and step == loc[-1]:
-            return FieldError(".".join([*path, str(step)[:80]]), _unknown(str(step), list(model.model_fields)))
+            return FieldError(
+                ".".join([*path, str(step)[:80]]), _unknown(str(step), list(model.model_fields))
+            )
         if field is None:
             break  # an index, or the name of a member of a union
         path.append(str(step))

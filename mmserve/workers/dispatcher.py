@@ -154,6 +154,7 @@ class Dispatcher:
         self.workers[name] = Worker(
             name=name,
             roles=event.roles,
+            pid=event.pid,
             capacity=event.capacity,
             credits=credits,
             last_heard_at=self.clock(),

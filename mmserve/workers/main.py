@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from mmserve.log import setup_logging
+from mmserve.media.limits import MediaLimits
 from mmserve.messages import Role
 from mmserve.queues import Dealer
 from mmserve.workers.process import receive_config
@@ -41,6 +42,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_memory_bytes: int = 1 << 30
     embedding_cache_bytes: int = 256 << 20
     page_size: int = 32
+    limits: MediaLimits = MediaLimits()
 
 
 def run_worker(config: WorkerConfig, should_stop: Callable[[], bool]) -> None:
@@ -69,14 +71,13 @@ def _encode_handler(
     config: WorkerConfig, checkpoint: Checkpoint, leases: LeaseStore, reporter: Reporter, stack: ExitStack
 ) -> Handler:
     from mmserve.encoders.cache import EmbeddingCache
-    from mmserve.media.limits import MediaLimits
     from mmserve.media.preprocess import Preprocessing
     from mmserve.media.sandbox import Sandbox
     from mmserve.models.layout.llava_onevision import Geometry
     from mmserve.models.loader import load_vision, weights_revision
     from mmserve.workers.encode import EncodeHandler
 
-    sandbox = Sandbox(Path(config.directories[0]), MediaLimits())
+    sandbox = Sandbox(Path(config.directories[0]), config.limits)
     stack.callback(sandbox.close)
     return EncodeHandler(
         vision=load_vision(checkpoint),

@@ -88,6 +88,10 @@ class Pipeline:
             )
         )
 
+    def worker_pids(self) -> dict[str, int]:
+        """Process ids of the live workers by name (role-slot-generation)."""
+        return self._call(lambda: {worker.name: worker.pid for worker in self._dispatcher.workers.values()})
+
     @property
     def is_ready(self) -> bool:
         return self._roles >= set(Role)

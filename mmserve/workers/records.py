@@ -120,6 +120,7 @@ class Worker:
 
     name: str
     roles: tuple[Role, ...]
+    pid: int
     capacity: Credits
     credits: Credits
     last_heard_at: float

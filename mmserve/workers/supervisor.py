@@ -17,6 +17,7 @@ import msgspec
 from mmserve import messages as m
 from mmserve.config import ServeConfig
 from mmserve.errors import WireError
+from mmserve.media.limits import MediaLimits
 from mmserve.messages import Role
 from mmserve.queues import Dealer
 from mmserve.wire import Codec
@@ -48,6 +49,7 @@ def worker_configs(config: ServeConfig, endpoint: str, directories: Sequence[str
             threads=threads,
             kv_memory_bytes=config.cache.kv_memory_bytes,
             embedding_cache_bytes=config.cache.embedding_cache_bytes,
+            limits=MediaLimits.from_config(config.limits),
         )
         for role, count in counts.items()
         for slot in range(count)
@@ -68,21 +70,33 @@ class _Slot:
 class Supervisor:
     """Keeps one process alive per slot until `run` is told to stop.
 
-    `give_up` is called with a sentence when a slot's process dies too often.
+    `companions` are processes that nothing can go on without, such as the API: they are not started
+    again. `give_up` is called with a sentence when one of them dies, or a slot's process too often.
     """
 
-    def __init__(self, configs: Sequence[WorkerConfig], give_up: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        configs: Sequence[WorkerConfig],
+        give_up: Callable[[str], None],
+        companions: Sequence[Child] = (),
+    ) -> None:
         self._slots = [_Slot(config) for config in configs]
         self._give_up = give_up
+        self._companions = companions
         self._endpoint = configs[0].endpoint
 
     def run(self, should_stop: Callable[[], bool]) -> None:
         """Call on a thread that outlives the workers: the kernel ends them with it."""
         with ProcessWatcher() as watcher, Dealer(self._endpoint, SUPERVISOR.encode()) as dealer:
+            for companion in self._companions:
+                watcher.watch(companion)
             while not should_stop():
                 self._start_due(watcher)
                 for child in watcher.poll(POLL_S):
-                    self._report(dealer, child)
+                    if child in self._companions:
+                        self._give_up(f"The {child.name} process ended (exit code {child.exit_code})")
+                    else:
+                        self._report(dealer, child)
                 for frame in dealer.poll(0.0):
                     self._obey(frame)
             watcher.stop_all(STOP_GRACE_S)

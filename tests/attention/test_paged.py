@@ -118,10 +118,10 @@ def test_chunks_give_what_one_call_gives(chunk: int) -> None:
 def test_a_result_does_not_depend_on_the_rest_of_the_batch() -> None:
     alone, together = Engine(2), Engine(2)
     tensors = [tuple(alone.rows(n, h) for h in (KV_HEADS * GROUP, KV_HEADS, KV_HEADS)) for n in (6, 1)]
-    poison = torch.full((LAYERS, 3, KV_HEADS * GROUP, WIDTH), torch.nan)
+    poison = torch.full((LAYERS, 30, KV_HEADS * GROUP, WIDTH), torch.nan)
     # a neighbour whose numbers went wrong, and that is longer
     with pytest.raises(AssertionError):
-        together.step({"b": orders(0, 3)}, (poison, poison[:, :, :KV_HEADS], poison[:, :, :KV_HEADS]))
+        together.step({"b": orders(0, 30)}, (poison, poison[:, :, :KV_HEADS], poison[:, :, :KV_HEADS]))
     for (q, k, v), order in zip(tensors, (orders(0, 6), orders(6, 7)), strict=True):
         expected = alone.step({"a": order}, (q, k, v))
         extra = tuple(torch.cat([t, torch.full_like(t[:, :1], torch.nan)], dim=1) for t in (q, k, v))

@@ -9,6 +9,8 @@ from pathlib import Path
 import av
 import numpy as np
 import numpy.typing as npt
+from av.stream import Disposition
+from av.video.stream import VideoStream
 
 from mmserve.request import MediaRef, Modality
 
@@ -52,6 +54,7 @@ def make_video(
         streams = []
         for width, height in (size, second) if second else (size,):
             stream = container.add_stream(codec, rate=rate)
+            assert isinstance(stream, VideoStream)
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             stream.codec_context.gop_size = gop
             if ticks:
@@ -60,6 +63,7 @@ def make_video(
                 stream.options = {"bf": str(b_frames), "sc_threshold": "0", "crf": "18"}
             if rotation or hflip:
                 stream.set_display_rotation(rotation, hflip=hflip)
+            stream.disposition = Disposition.default  # of both: then the higher bit rate decides
             streams.append((stream, width, height))
         for index in range(frames):
             for stream, width, height in streams:

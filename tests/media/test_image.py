@@ -95,10 +95,10 @@ def test_bombs_are_refused_from_their_header(tmp_path: Path, width: int, height:
     path = tmp_path / "bomb.png"
     path.write_bytes(png_header(width, height))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(MediaError, match=message):
         plan_image(path, LIMITS)
-    assert time.perf_counter() - began < 0.5
+    assert time.process_time() - began < 0.05
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # kilobytes
 
 

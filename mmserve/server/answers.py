@@ -1,0 +1,217 @@
+"""From a checked request to a running one, and to its one end: admission, fetching, starting, letting go.
+
+Knows nothing about HTTP but that a client may leave.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from mmserve.conversation import Conversation, MediaPart
+from mmserve.errors import MMServeError, Unavailable
+from mmserve.generation import Generation
+from mmserve.metrics import Metrics
+from mmserve.models.chat import ChatFormat
+from mmserve.request import Chunk, Completion, FinishReason, MediaOptions, MediaRef, Methods, Modality, Prompt
+from mmserve.sampling import SamplingParams
+from mmserve.server.feed import Feed, SlowReader
+from mmserve.workers.pipeline import Pipeline
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Fetches(Protocol):
+    """What brings media onto this host; `release` lets go of what `fetch` returned."""
+
+    async def fetch(self, url: str, modality: Modality, options: MediaOptions | None = None) -> MediaRef: ...
+
+    def release(self, ref: MediaRef) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """A request for one answer, checked."""
+
+    conversation: Conversation
+    sampling: SamplingParams
+    methods: Methods
+    salt: str = ""
+
+
+class Door:
+    """Lets requests in, knows those that are inside, and closes for good with `drain`."""
+
+    def __init__(self, pipeline: Pipeline, chat: ChatFormat, fetcher: Fetches, metrics: Metrics) -> None:
+        self.pipeline = pipeline
+        self.chat = chat
+        self.fetcher = fetcher
+        self.metrics = metrics
+        self.is_draining = False
+        self._inside: set[Answer] = set()
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    async def open(self, call: Call) -> Answer:
+        """Admit, fetch, start. Raises what is wrong; then nothing is left behind."""
+        if self.is_draining:
+            raise Unavailable("The server is shutting down")
+        answer = await self._admit()
+        try:
+            started_at = time.perf_counter()
+            media = await self._fetch(call.conversation.media, answer)
+            fetch_ms = (time.perf_counter() - started_at) * 1e3
+            # tokenizing a long text takes a while
+            token_ids = await asyncio.to_thread(self.chat.encode, call.conversation.messages)
+            prompt = Prompt(
+                token_ids=tuple(token_ids),
+                media=media,
+                sampling=call.sampling,
+                methods=call.methods,
+                salt=call.salt,
+            )
+            answer.generation.start(prompt, fetch_ms)
+        except MMServeError as error:
+            answer.fail(error)
+            raise
+        except BaseException:
+            answer.close()
+            raise
+        return answer
+
+    def drain(self) -> None:
+        """From now on nobody comes in; who is inside may finish."""
+        self.is_draining = True
+
+    async def wait_empty(self) -> None:
+        await self._empty.wait()
+
+    def cancel_all(self) -> None:
+        """End every request; its reader gets Unavailable."""
+        for answer in tuple(self._inside):
+            answer.generation.cancel()
+
+    async def _admit(self) -> Answer:
+        """A place in the pipeline. The pipeline's thread is asked, so not on the event loop."""
+        answer = Answer(self, asyncio.get_running_loop())
+        admission = asyncio.ensure_future(
+            asyncio.to_thread(Generation, self.pipeline, self.chat, answer.feed.put)
+        )
+        try:
+            answer.generation = await asyncio.shield(admission)
+        except asyncio.CancelledError:
+            admission.add_done_callback(_cancel_admitted)
+            raise
+        self._inside.add(answer)
+        self._empty.clear()
+        return answer
+
+    async def _fetch(self, parts: Sequence[MediaPart], answer: Answer) -> tuple[MediaRef, ...]:
+        async def one(part: MediaPart) -> MediaRef:
+            ref = await self.fetcher.fetch(part.content, part.modality, part.options)
+            answer.held.append(ref)
+            return ref
+
+        found = await asyncio.gather(*map(one, parts), return_exceptions=True)
+        for result in found:
+            if isinstance(result, BaseException):
+                raise result
+        return tuple(ref for ref in found if isinstance(ref, MediaRef))
+
+    def _left(self, answer: Answer) -> None:
+        self._inside.discard(answer)
+        if not self._inside:
+            self._empty.set()
+
+
+class Answer:
+    """One running request. Whoever opened it calls `close`, however it went."""
+
+    generation: Generation
+
+    def __init__(self, door: Door, loop: asyncio.AbstractEventLoop) -> None:
+        self._door = door
+        self.feed = Feed(loop, self._give_up)
+        self.held: list[MediaRef] = []
+        self._outcome: str | None = None
+
+    async def next(self) -> Chunk | Completion:
+        """The next chunk or, last, the completion; raises the error the request ended with."""
+        news = await self.feed.get()
+        if isinstance(news, Completion):
+            if news.finish_reason is FinishReason.CANCELLED:
+                self._end("cancelled")
+                raise Unavailable("The server is shutting down and could not finish this request")
+            self._door.metrics.count_finished(
+                msgspec.structs.asdict(news.usage), msgspec.structs.asdict(news.timings_ms)
+            )
+            self._end(news.finish_reason)
+        elif isinstance(news, MMServeError):
+            self._end(news.code)
+            raise news
+        return news
+
+    async def completion(self) -> Completion:
+        while not isinstance(news := await self.next(), Completion):
+            pass
+        return news
+
+    def fail(self, error: MMServeError) -> None:
+        """It cannot start."""
+        self.generation.fail(error)
+        self._end(error.code)
+
+    def close(self) -> None:
+        """Cancel what still runs. Idempotent."""
+        if self._outcome is None:
+            self.generation.cancel()
+            self._end("cancelled")
+
+    def _give_up(self) -> None:
+        self._door.metrics.count_slow_reader()
+        self.generation.cancel()
+        self._end(SlowReader.code)
+
+    def _end(self, outcome: str) -> None:
+        if self._outcome is not None:
+            return
+        self._outcome = outcome
+        self._door.metrics.count_request(outcome)
+        if outcome != SlowReader.code:
+            self.feed.close()
+        for ref in self.held:
+            self._door.fetcher.release(ref)
+        self.held.clear()
+        self._door._left(self)
+        logger.info("request ended", extra={"request_id": self.generation.request_id, "outcome": outcome})
+
+
+class ClientGone(Exception):
+    """The client closed the connection: there is nobody to answer."""
+
+
+async def unless(gone: Awaitable[object], work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled with ClientGone when `gone` comes first."""
+    doing, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone)
+    try:
+        await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if doing.done():
+            return doing.result()
+        raise ClientGone
+    finally:
+        for task in (doing, leaving):
+            task.cancel()
+        await asyncio.gather(doing, leaving, return_exceptions=True)
+
+
+def _cancel_admitted(admission: asyncio.Future[Generation]) -> None:
+    """The client left while its request was being admitted."""
+    if not admission.cancelled() and admission.exception() is None:
+        admission.result().cancel()

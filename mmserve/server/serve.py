@@ -1,0 +1,76 @@
+"""`mmserve serve`: one supervisor process that starts the API, the workers and, if asked, the demo page.
+
+Holds no HTTP and no torch itself. Ends with the exit status for the shell.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from types import FrameType
+
+from mmserve.config import ServeConfig, to_mapping
+from mmserve.models.resolve import resolve
+from mmserve.queues import ipc_endpoint
+from mmserve.rundir import RunDir
+from mmserve.server.main import ApiConfig
+from mmserve.workers.process import Child
+from mmserve.workers.supervisor import Supervisor, worker_configs
+
+logger = logging.getLogger(__name__)
+DRAIN_S = 30.0
+POLL_S = 0.05
+
+
+class _Stop:
+    """What was asked of this process: a first signal drains, a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.signals = 0
+        self.failure: str | None = None
+        signal.signal(signal.SIGTERM, self._note)
+        signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signals += 1
+
+    def give_up(self, why: str) -> None:
+        if self.signals == 0:
+            logger.error("%s", why)
+            self.failure = why
+
+
+def serve(config: ServeConfig, *, demo: bool = False) -> int:
+    """Serve until a signal; 0 after a drain that was asked for, 1 when a part could not be kept alive."""
+    stop = _Stop()
+    model_dir = resolve(config.model)
+    with RunDir() as run_dir:
+        endpoint = ipc_endpoint(run_dir.path)
+        directories = [str(directory) for directory in run_dir.directories]
+        api = Child.start(
+            "mmserve.server.main",
+            ApiConfig(
+                serve=to_mapping(config),
+                endpoint=endpoint,
+                directories=tuple(directories),
+                model_dir=str(model_dir),
+                demo=demo,
+            ),
+            name="api",
+        )
+        supervisor = Supervisor(worker_configs(config, endpoint, directories), stop.give_up, [api])
+        drain_ends_at: float | None = None
+
+        def should_stop() -> bool:
+            nonlocal drain_ends_at
+            if stop.failure is not None or stop.signals > 1:
+                return True
+            if stop.signals == 1 and drain_ends_at is None:
+                # the workers stay until the API has finished what it admitted
+                drain_ends_at = time.monotonic() + DRAIN_S
+                api.terminate()
+            return drain_ends_at is not None and (not api.is_running or time.monotonic() > drain_ends_at)
+
+        supervisor.run(should_stop)
+    return 0 if stop.failure is None else 1

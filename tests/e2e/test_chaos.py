@@ -1,0 +1,78 @@
+"""R21, R23, R24, R26: a worker killed at any time costs time, never an answer."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+from mmserve.errors import MMServeError
+from mmserve.evaluation.suites import Example
+from mmserve.llm import LLM
+from mmserve.request import Chunk, Completion
+from mmserve.sampling import SamplingParams
+
+from .conftest import ask
+
+REQUESTS = 20
+# long answers, so that a kill finds requests in every stage
+PARAMS = SamplingParams(max_tokens=40, ignore_eos=True)
+DEADLINE_S = 120.0
+
+
+class Crowd:
+    """20 concurrent requests; `after(n)` waits until n tokens have been streamed in total."""
+
+    def __init__(self, llm: LLM, clips: list[tuple[Path, Example]]) -> None:
+        self._news = threading.Condition()
+        self._tokens = 0
+        self.results: dict[int, Completion | MMServeError] = {}
+        for number in range(REQUESTS):
+            clip, example = clips[number]
+            llm.submit(ask(clip, example.question.text), PARAMS, deliver=self._listener(number))
+
+    def _listener(self, number: int):  # type: ignore[no-untyped-def]  # noqa: ANN202 - a closure
+        def deliver(news: Chunk | Completion | MMServeError) -> None:
+            with self._news:
+                if isinstance(news, Chunk):
+                    self._tokens += len(news.token_ids)
+                else:
+                    assert number not in self.results, "a request ended twice"
+                    self.results[number] = news
+                self._news.notify_all()
+
+        return deliver
+
+    def after(self, tokens: int) -> None:
+        with self._news:
+            assert self._news.wait_for(lambda: self._tokens >= tokens, DEADLINE_S)
+
+    def answers(self) -> list[tuple[int, ...]]:
+        with self._news:
+            assert self._news.wait_for(lambda: len(self.results) == REQUESTS, DEADLINE_S)
+        errors = [result for result in self.results.values() if not isinstance(result, Completion)]
+        assert not errors, errors
+        return [
+            result.token_ids for _, result in sorted(self.results.items()) if isinstance(result, Completion)
+        ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(epd: LLM, basic_clips: list[tuple[Path, Example]]) -> list[tuple[int, ...]]:
+    return Crowd(epd, basic_clips).answers()
+
+
+@pytest.mark.parametrize("role", ["encode", "prefill", "decode"])
+def test_killing_a_worker_three_times_in_a_row_loses_no_answer(
+    epd: LLM, basic_clips: list[tuple[Path, Example]], undisturbed: list[tuple[int, ...]], role: str
+) -> None:
+    for tokens in (0, 100, 300):
+        crowd = Crowd(epd, basic_clips)
+        crowd.after(tokens)
+        pids = epd.worker_pids()
+        victims = [pid for name, pid in pids.items() if name.startswith(role)]
+        assert victims, f"no {role} worker among {sorted(pids)}"
+        os.kill(victims[0], signal.SIGKILL)
+        assert crowd.answers() == undisturbed

@@ -1,0 +1,233 @@
+"""Answers through the real OpenAI client and over plain HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import openai
+import pytest
+
+from mmserve.errors import MediaError
+from tests.server.fakes import ANSWER, VIDEO, RunningServer, ask, events, running_server
+
+REPORT_KEYS = {"finish_reason", "usage", "media", "timings_ms", "methods"}
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[RunningServer]:
+    with running_server() as running:
+        yield running
+
+
+@pytest.fixture
+def server(shared: RunningServer) -> Iterator[RunningServer]:
+    shared.pipeline.prompts.clear()
+    yield shared
+    shared.pipeline.wait_idle()
+    shared.pipeline.error = None
+    assert shared.fetcher.held == 0
+
+
+@pytest.fixture
+def client(server: RunningServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def test_the_openai_client_gets_an_answer(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "What moves?"}]
+    )
+    assert answer.choices[0].message.content == ANSWER
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.object == "chat.completion"
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_the_openai_client_gets_a_stream(client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "What moves?"}],
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == ANSWER
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "stop"
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage is not None
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+def test_the_openai_client_gets_log_probabilities(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "What moves?"}],
+        logprobs=True,
+        top_logprobs=3,
+        max_tokens=2,
+    )
+    choice = answer.choices[0]
+    assert choice.finish_reason == "length"
+    assert choice.logprobs is not None
+    assert choice.logprobs.content is not None
+    assert len(choice.logprobs.content) == 2
+    for token in choice.logprobs.content:
+        assert token.logprob == -1.5
+        assert [each.logprob for each in token.top_logprobs] == [-0.5, -1.5, -9999.0]
+        assert bytes(token.bytes or []).decode() == token.token
+    assert "".join(token.token for token in choice.logprobs.content) == choice.message.content
+
+
+def test_log_probabilities_without_alternatives(server: RunningServer) -> None:
+    (chunk, *_) = [
+        each for each in events(ask(server, stream=True, logprobs=True).text)[1:] if each["choices"]
+    ]
+    (token,) = chunk["choices"][0]["logprobs"]["content"]
+    assert token["top_logprobs"] == []
+    assert server.pipeline.prompts[0].sampling.logprobs == 0
+
+
+def test_a_stream_ends_with_done_and_without_usage_unless_asked(server: RunningServer) -> None:
+    response = ask(server, stream=True)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert "content-length" not in response.headers
+    chunks = events(response.text)
+    assert all("usage" not in chunk for chunk in chunks)
+    assert chunks[-1]["choices"][0] == {
+        "index": 0,
+        "delta": {},
+        "logprobs": None,
+        "finish_reason": "stop",
+    }
+
+
+def test_the_report_is_there_when_asked_for(server: RunningServer) -> None:
+    body = ask(server, messages=VIDEO, mmserve={"report": True, "prune": "holitom", "keep": 0.25}).json()
+    report = body["usage"]["mmserve"]
+    assert set(report) == REPORT_KEYS
+    assert report["usage"]["visual_tokens"] == 20
+    assert report["usage"]["visual_tokens_kept"] == 5
+    assert report["methods"] == {
+        "prune": "holitom",
+        "keep": 0.25,
+        "attention": "dense",
+        "kv": "none",
+        "kv_budget": None,
+        "kv_dtype": "auto",
+    }
+    assert report["media"][0]["timestamps_s"] == [0.0, 1.0]
+    times = report["timings_ms"]
+    parts = [times[name] for name in list(times) if name not in ("ttft", "generate", "total")]
+    assert sum(parts) == pytest.approx(times["ttft"], abs=1.0)
+    assert "mmserve" not in ask(server).json()["usage"]
+
+
+def test_the_report_of_a_stream_is_in_its_usage_chunk(server: RunningServer) -> None:
+    *_, last = events(ask(server, stream=True, mmserve={"report": True}).text)
+    assert last["choices"] == []
+    assert set(last["usage"]["mmserve"]) == REPORT_KEYS
+
+
+def test_parameters_reach_the_pipeline(server: RunningServer) -> None:
+    ask(
+        server,
+        messages=VIDEO,
+        max_completion_tokens=7,
+        max_tokens=9,
+        temperature=0.5,
+        top_p=0.9,
+        top_k=3,
+        seed=11,
+        stop="zzz",
+        logprobs=True,
+        top_logprobs=2,
+        mmserve={"kv": "snapkv", "kv_budget": 0.5, "attention": "dense"},
+        media_io_kwargs={"video": {"num_frames": 5}},
+        user="somebody",
+        metadata={"a": "b"},
+        n=1,
+        tools=[],
+        response_format={"type": "text"},
+    ).raise_for_status()
+    (prompt,) = server.pipeline.prompts
+    sampling = prompt.sampling
+    assert (sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.top_k) == (7, 0.5, 0.9, 3)
+    assert (sampling.seed, sampling.stop, sampling.logprobs) == (11, ("zzz",), 2)
+    assert (prompt.methods.kv, prompt.methods.kv_budget) == ("snapkv", 0.5)
+    assert prompt.media[0].options.num_frames == 5
+    assert prompt.salt == ""
+
+
+def test_our_sampling_options_win_over_those_of_vllm(server: RunningServer) -> None:
+    ask(server, messages=VIDEO, mmserve={"fps": 2}, media_io_kwargs={"video": {"num_frames": 5}})
+    assert server.pipeline.prompts[0].media[0].options.fps == 2.0
+    assert server.pipeline.prompts[0].media[0].options.num_frames is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_text_ends_the_answer_before_it(server: RunningServer, stream: bool) -> None:
+    response = ask(server, stream=stream, stop=["then"])
+    if stream:
+        chunks = events(response.text)
+        text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+        finish = chunks[-1]["choices"][0]["finish_reason"]
+    else:
+        choice = response.json()["choices"][0]
+        text, finish = choice["message"]["content"], choice["finish_reason"]
+    assert text == ANSWER[: ANSWER.index("then")]
+    assert finish == "stop"
+
+
+def test_a_salt_separates_caches(server: RunningServer) -> None:
+    for salt in ("a", "b", "a"):
+        ask(server, cache_salt=salt)
+    first, second, third = (prompt.salt for prompt in server.pipeline.prompts)
+    assert first == third != second
+    assert "" not in (first, second)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_error_before_the_first_token_has_its_own_status(server: RunningServer, stream: bool) -> None:
+    server.pipeline.error = MediaError("Expected a video, but got something else")
+    response = ask(server, messages=VIDEO, stream=stream)
+    assert response.status_code == 422
+    assert response.json()["error"] == {
+        "message": "Expected a video, but got something else",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": "media_error",
+    }
+
+
+def test_an_error_after_the_first_token_ends_the_stream(server: RunningServer) -> None:
+    server.pipeline.gate.clear()
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        stream = client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "What moves?"}], stream=True
+        )
+        next(iter(stream))
+        (request_id,) = server.pipeline.records
+        server.pipeline.fail(request_id, MediaError("The video broke off"))
+        server.pipeline.gate.set()
+        with pytest.raises(openai.APIError, match="The video broke off"):
+            list(stream)
+
+
+def test_requests_answer_side_by_side(server: RunningServer) -> None:
+    server.pipeline.gate.clear()
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        streams = [
+            client.chat.completions.create(
+                model="tiny", messages=[{"role": "user", "content": "What moves?"}], stream=True
+            )
+            for _ in range(3)
+        ]
+        server.pipeline.gate.set()
+        for stream in streams:
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == ANSWER

@@ -20,7 +20,6 @@ MiB = 1 << 20
 GiB = 1 << 30
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-VideoBackend = Literal["pyav", "decord", "torchcodec"]
 KVDtype = Literal["auto", "bf16", "fp8", "int8", "int4"]
 
 _T = TypeVar("_T")
@@ -149,7 +148,6 @@ class ServeConfig:
     port: int = 8000  # 0 takes any free port
     api_key: tuple[str, ...] | None = field(default=None, repr=False)  # any of these; None asks for none
     dtype: Dtype = "auto"
-    video_backend: VideoBackend = "pyav"
     threads: int | None = None  # per worker; None divides the cores among the workers
     deadline_s: float = 300.0  # a request that is not done by then fails
     methods: MethodDefaults = field(default_factory=MethodDefaults)

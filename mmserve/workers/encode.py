@@ -183,7 +183,7 @@ class EncodeHandler:
         return [
             frame_key(
                 source_digest=command.media.digest,
-                decoder={"kind": plan.kind, "backend": "pyav"},
+                decoder=plan.decoder,
                 preprocessing={
                     "modality": command.media.modality,
                     "settings": self._preprocessing.fingerprint,

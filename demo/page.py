@@ -58,11 +58,9 @@ class Page:
             self._build()
 
     def _build(self) -> None:
-        gr.HTML(
-            '<div class="mm-head"><h1>mmserve</h1><p>Ask a question about a short video.</p></div>',
-            apply_default_css=False,
+        self._header = gr.HTML(
+            view.header(False, "looking for the server"), elem_id="head", apply_default_css=False
         )
-        self._status = gr.HTML(view.status(False, "looking for the server"), elem_id="status")
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320):
                 self._build_inputs()
@@ -94,19 +92,15 @@ class Page:
         with gr.Accordion("Make it smaller", open=False, elem_id="options"):
             with gr.Row():
                 self._prune = gr.Dropdown(
-                    list(NAMES["prune"]), value="none", label="Drop visual tokens", elem_id="prune"
+                    list(NAMES["prune"]), value="none", label="Prune tokens", elem_id="prune"
                 )
                 self._keep = gr.Slider(0.05, 1.0, value=0.25, step=0.05, label="Share kept", elem_id="keep")
             with gr.Row():
-                self._kv = gr.Dropdown(
-                    list(NAMES["kv"]), value="none", label="Shrink the KV cache", elem_id="kv"
-                )
-                self._budget = gr.Slider(
-                    0.05, 1.0, value=0.5, step=0.05, label="Budget, share of visual slots", elem_id="budget"
-                )
+                self._kv = gr.Dropdown(list(NAMES["kv"]), value="none", label="Compress KV", elem_id="kv")
+                self._budget = gr.Slider(0.05, 1.0, value=0.5, step=0.05, label="KV budget", elem_id="budget")
             with gr.Row():
                 self._frames = gr.Slider(1, 64, value=16, step=1, label="Frames", elem_id="frames")
-                self._max_tokens = gr.Slider(1, 256, value=64, step=1, label="Longest answer, in tokens")
+                self._max_tokens = gr.Slider(1, 256, value=64, step=1, label="Max tokens")
 
     def _build_question(self) -> None:
         self._question = gr.Textbox(
@@ -149,8 +143,8 @@ class Page:
         self._clip.input(self._choose_clip, self._clip, [self._video, self._try], **private)
         self._video.upload(self._choose_own, None, [self._clip, self._try], **private)
         self._try.click(lambda sample: sample[0], self._try, self._question, queue=False, **private)
-        self.blocks.load(self._look, None, self._status, **private)
-        gr.Timer(_STATUS_EVERY_S).tick(self._look, None, self._status, **private)
+        self.blocks.load(self._look, None, self._header, **private)
+        gr.Timer(_STATUS_EVERY_S).tick(self._look, None, self._header, **private)
 
     async def _answer_question(
         self,
@@ -220,7 +214,7 @@ class Page:
         return None, self._samples(None)
 
     async def _look(self) -> str:
-        return view.status(*await self._client.status())
+        return view.header(*await self._client.status())
 
     def _samples(self, name: str | None) -> gr.Dataset:
         return gr.Dataset(samples=[[text] for text in self._questions_for(name)])
@@ -232,12 +226,12 @@ class Page:
 
 def build_page(server_url: str, api_key: str | None = None, *, clips: Path = CLIPS) -> gr.Blocks:
     """The page for a server; `launch` shows it."""
-    return Page(Client(server_url, api_key), clips).blocks
+    blocks: gr.Blocks = Page(Client(server_url, api_key), clips).blocks
+    return blocks
 
 
 def launch(page: gr.Blocks, port: int | None = None, *, wait: bool = True) -> str:
     """Serve a page on loopback and return its address; with `wait`, until interrupted."""
-    theme = gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", font=_SANS, font_mono=_MONO)
     _, url, _ = page.launch(
         server_name="127.0.0.1",
         server_port=port,
@@ -247,11 +241,26 @@ def launch(page: gr.Blocks, port: int | None = None, *, wait: bool = True) -> st
         footer_links=[],
         prevent_thread_lock=not wait,
         max_file_size=MAX_FILE_BYTES,
-        theme=theme,
+        theme=_theme(),
         css=view.CSS,
         ssr_mode=False,
     )
     return str(url)
+
+
+def _theme() -> gr.themes.Base:
+    """Fonts of the reader's own system, because the page must not load any from elsewhere."""
+    plain: dict[str, str] = {}
+    for kind in ("block_title", "block_label"):
+        for mode in ("", "_dark"):
+            plain[f"{kind}_background_fill{mode}"] = "none"
+            plain[f"{kind}_text_color{mode}"] = "*body_text_color_subdued"
+        plain[f"{kind}_text_weight"] = "500"
+    # over the video, where plain text could not be read
+    plain |= {"block_label_background_fill": "white", "block_label_background_fill_dark": "*neutral_800"}
+    theme = gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", font=_SANS, font_mono=_MONO)
+    plain |= {"body_background_fill": "*neutral_50", "body_background_fill_dark": "*neutral_950"}
+    return theme.set(**plain, block_title_padding="0", block_border_width="1px", block_shadow="none")
 
 
 def main() -> None:

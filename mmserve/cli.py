@@ -72,7 +72,7 @@ Fps = Annotated[
     typer.Option(help="Sample F frames per second instead.", metavar="F", rich_help_panel=FRAMES),
 ]
 MaxTokens = Annotated[
-    int, typer.Option(help="Longest answer, in tokens.", min=1, metavar="N", rich_help_panel=FRAMES)
+    int, typer.Option(help="Longest answer.", min=1, max=65536, metavar="TOKENS", rich_help_panel=FRAMES)
 ]
 ApiKey = Annotated[
     str | None,
@@ -308,12 +308,12 @@ def check_config(
     """Check a configuration file and print it with every default and limit."""
     import yaml
 
-    from mmserve import catalogue
     from mmserve.config import load_config, to_mapping
-    from mmserve.request import Methods
+    from mmserve.methods import choose_methods
 
-    mapping = to_mapping(load_config(config), hide_keys=True)
-    catalogue.check(Methods(**mapping["methods"]))
+    resolved = load_config(config)
+    choose_methods(resolved.methods)
+    mapping = to_mapping(resolved, hide_keys=True)
     typer.echo(yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True).rstrip())
 
 
@@ -350,14 +350,20 @@ def _usage(check: Callable[[], T]) -> T:
 def _methods(
     prune: str, keep: float, attention: str, kv: str, kv_budget: float | None, kv_dtype: str
 ) -> Methods:
-    from mmserve import catalogue
-    from mmserve.request import Methods
+    from mmserve.config import MethodDefaults
+    from mmserve.methods import choose_methods
 
-    found = Methods(
-        prune=prune, keep=keep, attention=attention, kv=kv, kv_budget=kv_budget, kv_dtype=kv_dtype
+    return _usage(
+        lambda: choose_methods(
+            MethodDefaults(),
+            prune=prune,
+            keep=keep,
+            attention=attention,
+            kv=kv,
+            kv_budget=kv_budget,
+            kv_dtype=kv_dtype,
+        )
     )
-    _usage(lambda: catalogue.check(found))
-    return found
 
 
 def _options(num_frames: int | None, fps: float | None) -> MediaOptions:

@@ -21,6 +21,7 @@ from mmserve.evaluation.drawing import COLOURS, SHAPES, background, draw_sprite
 
 SIDE = 144  # pixels of a square frame
 FPS = 4
+CRF = 14  # of the suites' H.264 files
 KINDS = ("colour", "shape", "count", "direction", "digit", "order", "cuts", "yesno")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 TEMPLATES: dict[str, tuple[str, ...]] = {
@@ -139,7 +140,7 @@ def render(scene: Scene) -> Clip:
     return clip
 
 
-def write_mp4(clip: Clip, target: Path | io.BytesIO, fps: float = FPS, crf: int = 14) -> None:
+def write_mp4(clip: Clip, target: Path | io.BytesIO, fps: float = FPS, crf: int = CRF) -> None:
     """Encode a clip as H.264 in an mp4 container (or into a buffer)."""
     output = str(target) if isinstance(target, Path) else target
     with av.open(output, "w", format="mp4") as container:
@@ -151,7 +152,7 @@ def write_mp4(clip: Clip, target: Path | io.BytesIO, fps: float = FPS, crf: int 
         container.mux(stream.encode())
 
 
-def through_codec(clip: Clip, crf: int) -> Clip:
+def through_codec(clip: Clip, crf: int = CRF) -> Clip:
     """The clip as it looks after H.264: what the model sees of a file."""
     buffer = io.BytesIO()
     write_mp4(clip, buffer, crf=crf)
@@ -226,7 +227,7 @@ def sample_scene(rng: np.random.Generator, topic: str, frames: int = 8, flash_fr
     board = _Board(rng, 3 if busy else int(rng.integers(2, 4)))
     cuts: tuple[int, ...] = ()
     may_cut = topic in ("colour", "shape", "digit", "yesno") and rng.random() < 0.15
-    if frames >= 4 and (topic == "cuts" or may_cut):
+    if frames >= 5 and (topic == "cuts" or may_cut):
         cuts = tuple(start for start, _ in _moments(rng, frames - 1, int(rng.integers(0, 3)), 2))
         cuts = tuple(cut + 1 for cut in cuts)
     bounds = (0, *cuts, frames)

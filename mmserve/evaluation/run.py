@@ -17,14 +17,15 @@ from typing import Any
 import msgspec
 import typer
 
-from mmserve import catalogue
 from mmserve.batch.answerers import Answer, LocalAnswerer, Submits
 from mmserve.batch.questions import Question, read_questions
 from mmserve.batch.runner import answer_all
 from mmserve.batch.score import is_correct
+from mmserve.config import MethodDefaults
 from mmserve.errors import BadRequest
 from mmserve.evaluation import report
 from mmserve.evaluation.suites import SUITES, write_suite
+from mmserve.methods import NAMES, Kind, choose_methods
 from mmserve.models.resolve import resolve
 from mmserve.progress import progress_bar
 from mmserve.request import MediaOptions, Methods, Timings, Usage
@@ -69,7 +70,9 @@ def sweep(
         raise BadRequest("Expected a method of --kv for --kv-budget, but got none")
     keeps, budgets = _numbers("keep", keep, KEEPS), _numbers("kv_budget", kv_budget, BUDGETS)
     settings = [
-        Methods(prune=p, keep=share, attention=a, kv=policy, kv_budget=budget, kv_dtype=dtype)
+        choose_methods(
+            MethodDefaults(), prune=p, keep=share, attention=a, kv=policy, kv_budget=budget, kv_dtype=dtype
+        )
         for p in prunes
         for share in (keeps if p != "none" else (1.0,))
         for a in _listed("attention", attention)
@@ -77,8 +80,6 @@ def sweep(
         for budget in (budgets if policy != "none" else (None,))
         for dtype in _listed("kv_dtype", kv_dtype)
     ]
-    for methods in settings:
-        catalogue.check(methods)
     return tuple(dict.fromkeys([Methods(), *settings]))
 
 
@@ -190,8 +191,8 @@ def _output(suite: str, methods: Methods, question: Question, answer: Answer) ->
     return line
 
 
-def _listed(kind: str, text: str) -> tuple[str, ...]:
-    return catalogue.names(kind) if text == "all" else tuple(dict.fromkeys(text.split(",")))
+def _listed(kind: Kind, text: str) -> tuple[str, ...]:
+    return NAMES[kind] if text == "all" else tuple(dict.fromkeys(text.split(",")))
 
 
 def _numbers(name: str, text: str | None, every: tuple[float, ...]) -> tuple[float, ...]:

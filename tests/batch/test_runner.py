@@ -30,7 +30,7 @@ from mmserve.request import MediaOptions, Methods
 from tests.fake_llm import FakeLLM
 
 
-def question(question_id: str, **more: Any) -> Question:
+def question(question_id: str, **more: Any) -> Question:  # noqa: ANN401
     text = more.pop("text", question_id)
     messages = ({"role": "user", "content": [{"type": "text", "text": text}]},)
     return Question(question_id=question_id, line=1, text=text, messages=messages, **more)

@@ -25,13 +25,16 @@ OK: dict[str, Any] = {
 }
 
 
-def asked(*content: dict[str, Any], **more: Any) -> Question:
+def asked(*content: dict[str, Any], **more: Any) -> Question:  # noqa: ANN401
     messages = ({"role": "user", "content": [*content, {"type": "text", "text": "What?"}]},)
     return Question(question_id="q", line=1, messages=messages, sampling=SamplingParams(max_tokens=9), **more)
 
 
 def ask(
-    handler: Handler, question: Question | None = None, waits: list[float] | None = None, **more: Any
+    handler: Handler,
+    question: Question | None = None,
+    waits: list[float] | None = None,
+    **more: Any,  # noqa: ANN401
 ) -> Answer:
     def route(request: httpx.Request) -> httpx.Response:
         if request.url.path == "/v1/models":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from mmserve.evaluation.suites import Example, examples, write_suite
 from mmserve.llm import LLM
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from mmserve.evaluation.suites import Example
 from mmserve.llm import LLM
 from mmserve.request import Methods

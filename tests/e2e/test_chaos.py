@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
+
 from mmserve.errors import MMServeError
 from mmserve.evaluation.suites import Example
 from mmserve.llm import LLM

@@ -218,10 +218,9 @@ class RunningServer:
 
     def stop(self) -> None:
         self.http.close()
-        self._server.should_exit = True
-        self._server.force_exit = True
-        self._thread.join(WAIT_S)
         self.pipeline.close()
+        self._server.should_exit = True
+        self._thread.join(WAIT_S)
         assert not self._thread.is_alive()
 
 

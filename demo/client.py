@@ -154,9 +154,8 @@ async def _unless(stop: asyncio.Event, lines: AsyncGenerator[str, None]) -> str 
 def _data_url(video: Path) -> str:
     size = video.stat().st_size
     if size > MAX_FILE_BYTES:
-        raise AskError(
-            f"The file has {size / 1e6:.0f} MB; this page sends at most {MAX_FILE_BYTES / 1e6:.0f}"
-        )
+        most = MAX_FILE_BYTES / 1e6
+        raise AskError(f"The file has {size / 1e6:.1f} MB; this page sends at most {most:.0f} MB")
     media_type = _MEDIA_TYPES.get(video.suffix.lower())
     if media_type is None:
         raise AskError(f"Please choose a video of one of these kinds: {', '.join(_MEDIA_TYPES)}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,12 +17,12 @@ import gradio as gr
 
 from demo import view
 from demo.client import MAX_FILE_BYTES, AskError, Client, Delta, Options
+from demo.library import ALWAYS, load_clips
 from mmserve.methods import NAMES
 
 CLIPS = Path(__file__).parent / "clips"
 KEY_VARIABLE = "MMSERVE_API_KEY"  # a key on the command line would be seen by every user of the host
-QUESTIONS = ("What moves?", "What happens in this clip?", "How many objects are there?")
-_MAX_SUGGESTIONS = 4
+QUESTIONS = (*ALWAYS, "What happens in this clip?")  # about a clip of one's own
 _STATUS_EVERY_S = 5.0
 _MAX_AT_ONCE = 8
 _SANS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
@@ -32,25 +31,12 @@ _MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "monospace"]
 Show = dict[Any, Any]  # component -> its new value
 
 
-def suggestions(clips: Path) -> dict[str, list[str]]:
-    """Questions that are known to fit, by the clip's file name."""
-    found: dict[str, list[str]] = {}
-    file = clips / "questions.jsonl"
-    for line in file.read_text("utf-8").splitlines() if file.is_file() else []:
-        row = json.loads(line)
-        questions = found.setdefault(Path(row.get("video") or row.get("media") or "").name, [])
-        if row["question"] not in questions and len(questions) < _MAX_SUGGESTIONS:
-            questions.append(row["question"])
-    return found
-
-
 class Page:
     """Builds the components and answers their events. One stop signal per browser session."""
 
     def __init__(self, client: Client, clips: Path) -> None:
         self._client = client
-        self._clips = {path.stem.replace("_", " "): path for path in sorted(clips.glob("*.mp4"))}
-        self._suggestions = suggestions(clips)
+        self._clips = load_clips(clips)
         self._stops: dict[str, asyncio.Event] = {}
         with gr.Blocks(
             title="mmserve", analytics_enabled=False, delete_cache=(600, 3600), fill_width=False
@@ -80,7 +66,7 @@ class Page:
             info="or drop your own below",
         )
         self._video = gr.Video(
-            value=str(self._clips[first]) if first else None,
+            value=str(self._clips[first].path) if first else None,
             sources=["upload"],
             label="Video",
             elem_id="video",
@@ -126,7 +112,7 @@ class Page:
 
     def _wire(self) -> None:
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        inputs = [self._question, self._video, self._prune, self._keep, self._kv, self._budget]
+        inputs = [self._question, self._clip, self._video, self._prune, self._keep, self._kv, self._budget]
         inputs += [self._frames, self._max_tokens]
         gr.on(
             [self._ask.click, self._question.submit],
@@ -149,6 +135,7 @@ class Page:
     async def _answer_question(
         self,
         question: str,
+        clip: str | None,
         video: str | None,
         prune: str,
         keep: float,
@@ -189,7 +176,8 @@ class Page:
         except AskError as error:
             yield self._idle(view.failed_answer(str(error), text))
         else:
-            yield self._idle(view.finished_answer(text, "Stopped." if stop.is_set() else ""), report)
+            note = "Stopped." if stop.is_set() else self._known_answer(clip, question.strip())
+            yield self._idle(view.finished_answer(text, note), report)
         finally:
             # also when the browser is gone: it ends the request in the server
             stop.set()
@@ -208,7 +196,7 @@ class Page:
             stop.set()
 
     def _choose_clip(self, name: str) -> tuple[str, gr.Dataset]:
-        return str(self._clips[name]), self._samples(name)
+        return str(self._clips[name].path), self._samples(name)
 
     def _choose_own(self) -> tuple[None, gr.Dataset]:
         return None, self._samples(None)
@@ -220,8 +208,11 @@ class Page:
         return gr.Dataset(samples=[[text] for text in self._questions_for(name)])
 
     def _questions_for(self, name: str | None) -> list[str]:
-        known = self._suggestions.get(self._clips[name].name, []) if name is not None else []
-        return known or list(QUESTIONS)
+        return list(QUESTIONS) if name is None else self._clips[name].suggestions
+
+    def _known_answer(self, clip: str | None, question: str) -> str:
+        known = self._clips[clip].answers.get(question) if clip is not None else None
+        return "" if known is None else f"Expected: {known}"
 
 
 def build_page(server_url: str, api_key: str | None = None, *, clips: Path = CLIPS) -> gr.Blocks:
@@ -268,7 +259,6 @@ def main() -> None:
     parser.add_argument("--server", default="http://127.0.0.1:8000", help="URL of a running mmserve server")
     parser.add_argument("--port", type=int, default=7860)
     arguments = parser.parse_args()
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     page = build_page(arguments.server, os.environ.get(KEY_VARIABLE))
     launch(page, arguments.port)
 

@@ -22,11 +22,14 @@ class _Data(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class MediaOptions(_Data, frozen=True):
     """How a video is sampled: `num_frames` evenly, or `fps` frames per second of its own clock.
 
-    At most one of the two is given; with neither, up to `num_frames` 32 are sampled.
+    At most one of the two is given; with neither, up to `num_frames` 32 are sampled. Only frames shown
+    from `start_s` up to, but without, `end_s` are used; `fps` keeps to the media's own clock all the same.
     """
 
     num_frames: int | None = None
     fps: float | None = None
+    start_s: float = 0.0
+    end_s: float | None = None
 
 
 class MediaRef(_Data, frozen=True):

@@ -77,14 +77,12 @@ class LocalAnswerer:
                 done(Answer(error=news))
 
         try:
-            messages: Sequence[Json] = question.messages
+            options = self._options
             if question.span is not None:
-                # only rows with a span need a decoder in this process
-                from mmserve.batch.clips import cut_all
-
-                messages = cut_all(question.messages, question.span, self._options)
+                start_s, end_s = question.span
+                options = msgspec.structs.replace(options, start_s=start_s, end_s=end_s)
             self._llm.submit(
-                messages, question.sampling, methods=self._methods, options=self._options, deliver=deliver
+                question.messages, question.sampling, methods=self._methods, options=options, deliver=deliver
             )
         except MMServeError as error:
             done(Answer(error=error))

@@ -6,13 +6,14 @@ Knows nothing about questions, suites or time; every function is a pure function
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 Frame = NDArray[np.uint8]  # [H, W, 3]
-Plane = NDArray[np.float32]  # [H, W]
+Plane = NDArray[np.floating[Any]]  # [H, W]
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 30, 35),
@@ -61,16 +62,17 @@ def _union(parts: list[Plane]) -> Plane:
 
 def _distance(shape: str, x: Plane, y: Plane) -> Plane:
     """Signed distance in units of the half size; the shape fills [-1, 1] squared."""
-    radius = np.hypot(x, y).astype(np.float32)
+    radius: Plane = np.hypot(x, y)
     if shape == "circle":
         return radius - 0.95
     if shape == "ring":
-        return (np.abs(radius - 0.70) - 0.25).astype(np.float32)
+        ring: Plane = np.abs(radius - 0.70) - 0.25
+        return ring
     if shape == "square":
         return np.maximum(np.abs(x), np.abs(y)) - 0.88
     if shape == "diamond":
-        edge: Plane = ((np.abs(x) + np.abs(y) - 1.0) * 0.7071).astype(np.float32)
-        return edge
+        diamond: Plane = (np.abs(x) + np.abs(y) - 1.0) * 0.7071
+        return diamond
     if shape == "cross":
         bar = np.maximum(np.abs(x) - 0.95, np.abs(y) - 0.32)
         post = np.maximum(np.abs(x) - 0.32, np.abs(y) - 0.95)

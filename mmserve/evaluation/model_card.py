@@ -26,7 +26,7 @@ and demonstrations. It answers short questions about ClipWorld's generated clips
 
 | part | geometry |
 |---|---|
-| vision tower | SigLIP, 144 × 144, patch 12, 4 layers of width 160, 4 heads |
+| vision tower | SigLIP, 144 x 144, patch 12, 4 layers of width 160, 4 heads |
 | tokens | 144 per image crop, 36 per video frame after pooling, one newline per video |
 | language model | Qwen2, 6 layers of width 256, 4 heads, 2 KV heads, head size 64, tied embeddings |
 | tokenizer | byte-level BPE, 1,024 entries, ClipWorld's words and single digits whole |
@@ -52,7 +52,7 @@ shape stays on a plateau.
 {history}
 ## Limits
 
-8-frame clips of 144 × 144 pixels are what it knows. Longer videos, several media in one prompt, images,
+8-frame clips of 144 x 144 pixels are what it knows. Longer videos, several media in one prompt, images,
 turns of a dialogue and streams are outside its training so far. It must not be used for anything real.
 """
 

@@ -6,6 +6,7 @@ is used. Slow and one request at a time, on purpose.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -84,7 +85,8 @@ class TransformersOracle:
 
     def _video_tokens(self, frames: int) -> int:
         vision = self._model.config.vision_config
-        side = -(-(vision.image_size // vision.patch_size) // 2)
+        grid: int = vision.image_size // vision.patch_size
+        side = math.ceil(grid / 2)
         return frames * side * side + 1
 
     def _prompt(self, messages: list[dict[str, Any]], counts: dict[str, list[int]]) -> list[int]:

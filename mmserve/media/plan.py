@@ -70,6 +70,9 @@ def check_options(options: MediaOptions, limits: MediaLimits) -> None:
             raise BadRequest(f"Expected num_frames of at least 1, but got {count}")
         if count > limits.max_frames:
             raise MediaError(f"Expected num_frames of at most {limits.max_frames}, but got {count}")
+    if options.start_s < 0 or (options.end_s is not None and options.end_s <= options.start_s):
+        found = f"{options.start_s:g} to {options.end_s}"
+        raise BadRequest(f"Expected a start of 0 s or later and an end after it, but got {found}")
     if options.fps is not None and not 0 < options.fps <= MAX_FPS:
         raise BadRequest(f"Expected fps above 0 and at most {MAX_FPS:g}, but got {options.fps}")
 
@@ -105,6 +108,16 @@ def sample(
 ) -> npt.NDArray[np.int64]:
     """Indices of the frames that `options` ask for, out of frames shown at these times (sorted, seconds)."""
     times = np.asarray(shown_at, dtype=np.float64)
+    # containers round times to their tick, hence half a tick of tolerance
+    inside = times >= options.start_s - tick_s / 2
+    if options.end_s is not None:
+        inside &= times < options.end_s - tick_s / 2
+    if not inside.any():
+        asked = f"from {options.start_s:g} s" + ("" if options.end_s is None else f" to {options.end_s:g} s")
+        raise MediaError(f"Expected frames {asked}, but the video ends after {end_s:g} s")
     if options.fps is not None:
-        return sample_clock(times, end_s, options.fps, tick_s)
-    return sample_count(times.size, options.num_frames or limits.default_frames)
+        chosen = sample_clock(times, end_s, options.fps, tick_s)
+        # a span between two ticks of a slow clock still has its first frame
+        return chosen[inside[chosen]] if inside[chosen].any() else np.flatnonzero(inside)[:1]
+    candidates = np.flatnonzero(inside)
+    return candidates[sample_count(candidates.size, options.num_frames or limits.default_frames)]

@@ -33,9 +33,10 @@ from mmserve.server.app import create_app
 from mmserve.workers.pipeline import Pipeline
 from mmserve.workers.process import receive_config
 
-logger = logging.getLogger(__name__)
+# run as a module, __name__ is "__main__"
+logger = logging.getLogger("mmserve.server.main")
 
-DRAIN_S = 30.0
+DRAIN_S = 28.0  # of the 30 s after which the supervisor ends this process
 DEMO_PORT = 7860
 DEMO_KEY_VARIABLE = "MMSERVE_API_KEY"
 _CLOSE_S = 5  # for connections whose answer is complete

@@ -21,7 +21,6 @@ from mmserve.errors import (
     MMServeError,
     Overloaded,
     RequestPoisoned,
-    Unavailable,
     from_code,
 )
 from mmserve.messages import Role
@@ -448,7 +447,7 @@ class Dispatcher:
     def ready_roles(self) -> set[Role]:
         return {role for worker in self.workers.values() if not worker.is_killed for role in worker.roles}
 
-    def abandon(self) -> None:
-        """The pipeline closes: everything still running fails."""
+    def abandon(self, error: MMServeError) -> None:
+        """Everything still running fails."""
         for request_id in list(self.records):
-            self.fail(request_id, Unavailable("The server is shutting down"))
+            self.fail(request_id, error)

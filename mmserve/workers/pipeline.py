@@ -61,6 +61,8 @@ class Pipeline:
         """Reserve a place and name who hears about it; raises Overloaded."""
 
         def register() -> str:
+            if self._failure is not None:
+                raise self._failure
             request_id = self._dispatcher.admit(deadline_s)
             self._listeners[request_id] = listener
             return request_id
@@ -94,7 +96,7 @@ class Pipeline:
 
     @property
     def is_ready(self) -> bool:
-        return self._roles >= set(Role)
+        return self._roles >= set(Role) and self._failure is None
 
     def wait_ready(self, timeout_s: float) -> None:
         """Block until every stage has a worker; raises what the supervisor reported, or Unavailable."""
@@ -109,16 +111,17 @@ class Pipeline:
             )
 
     def report_failure(self, error: MMServeError) -> None:
-        """The supervisor gave up on a worker: nobody should wait for it."""
+        """A stage is gone for good: whoever waits for it, now or later, gets this error."""
         with self._ready:
             self._failure = error
             self._ready.notify_all()
+        self._post(lambda: self._dispatcher.abandon(error))
 
     def close(self) -> None:
         """End every request, then the thread. Idempotent."""
         if self._closing:
             return
-        self._post(self._dispatcher.abandon)
+        self._post(lambda: self._dispatcher.abandon(Unavailable("The server is shutting down")))
         self._closing = True
         self._router.wake()
         self._thread.join()

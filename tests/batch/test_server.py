@@ -65,7 +65,7 @@ def test_files_travel_as_data_urls(tmp_path: Path) -> None:
         bodies.append(json.loads(request.content))
         return httpx.Response(200, json=OK)
 
-    parts = [
+    parts: list[dict[str, Any]] = [
         {"type": "video", "video": str(clip)},
         {"type": "image_url", "image_url": {"url": "https://h/a.png"}},
     ]

@@ -40,34 +40,47 @@ def write_clip(path: Path) -> None:
         container.mux(stream.encode())
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clips")
     write_clip(folder / "red_square.mp4")
     shutil.copy(folder / "red_square.mp4", folder / "second_clip.mp4")
     (folder / "questions.jsonl").write_text(
-        '{"id": "1", "video": "red_square.mp4", "question": "Where does the square go?"}\n'
+        '{"id": "1", "video": "red_square.mp4", "question": "Where does the square go?", "answer": "right"}\n'
         '{"id": "2", "video": "red_square.mp4", "question": "Which colour is it?"}\n'
         '{"id": "3", "video": "second_clip.mp4", "question": "And in the second clip?"}\n'
     )
     return folder
 
 
-@pytest.fixture
-def server() -> Iterator[RunningServer]:
+@pytest.fixture(scope="module")
+def shared() -> Iterator[RunningServer]:
     with running_server() as running:
         yield running
 
 
 @pytest.fixture
-def address(server: RunningServer, clips: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-    page = build_page(server.url, clips=clips)
+def server(shared: RunningServer) -> Iterator[RunningServer]:
+    yield shared
+    pipeline, fetcher = shared.pipeline, shared.fetcher
+    pipeline.gate.set()
+    fetcher.gate.set()
+    pipeline.error, pipeline.is_ready = None, True
+    pipeline.wait_idle()
+    pipeline.cancelled.clear()
+    pipeline.prompts.clear()
+    fetcher.is_waiting.clear()
+
+
+@pytest.fixture(scope="module")
+def address(shared: RunningServer, clips: Path) -> Iterator[str]:
+    page = build_page(shared.url, clips=clips)
     yield launch(page, wait=False)
     page.close(verbose=False)
 
 
-@pytest.fixture(scope="session")
+# not for the session: while Playwright runs, this thread cannot run an event loop of its own
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     if CHROMIUM is None:
         pytest.skip("there is no Chromium here")
@@ -80,7 +93,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(params=["desktop"])
-def page(request: pytest.FixtureRequest, browser: Any, address: str) -> Iterator[Any]:  # noqa: ANN401
+def page(request: pytest.FixtureRequest, browser: Any, server: RunningServer, address: str) -> Iterator[Any]:  # noqa: ANN401
     sizes = {"desktop": (1280, 900), "phone": (390, 844)}
     width, height = sizes[request.param.removesuffix("-dark")]
     opened = browser.new_page(viewport={"width": width, "height": height})
@@ -119,6 +132,7 @@ def test_a_question_about_a_bundled_clip_streams_its_answer(
     shoot(page, f"{look}-busy")
     server.pipeline.gate.set()
     page.locator("#answer .is-done").filter(has_text=ANSWER).wait_for()
+    page.locator("#answer").get_by_text("Expected: right").wait_for()
     page.locator("#report").get_by_text("20 → 5").wait_for()
     assert page.locator("#ask").is_visible()
     shoot(page, f"{look}-done")

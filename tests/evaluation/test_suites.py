@@ -19,7 +19,7 @@ from mmserve.evaluation.clipworld import SIDE, Scene, visible
 from mmserve.evaluation.drawing import SHAPES
 from mmserve.evaluation.suites import SUITES, Example, Media, examples, write_suite
 
-FITTED, TESTED = 1600, 400
+FITTED, TESTED = 1200, 400
 
 
 @cache
@@ -44,7 +44,7 @@ def test_suites_and_training_never_share_a_scene() -> None:
     """Same seed, same index: the streams stay apart."""
     from mmserve.evaluation import tiny_data
 
-    trained = {tiny_data.make_clip(0, index, frames)[0] for frames in (1, 8) for index in range(6)}
+    trained = {tiny_data.make_clip(0, index, 8)[0] for index in range(4)}
     held_out = {media.scene for suite in SUITES for example in sample(suite)[:200] for media in example.media}
     assert not trained & held_out
     assert not {scene.seed for scene in trained} & {scene.seed for scene in held_out}
@@ -197,7 +197,7 @@ def test_one_frame_does_not_tell_the_direction(suite: str, feature: Feature) -> 
 @pytest.mark.parametrize("suite", ["clipworld-basic", "clipworld-long"])
 def test_one_frame_does_not_tell_the_order(suite: str) -> None:
     """The answer is scored as "the first named" or "the second named"."""
-    seen = [view for view in views(suite, "order")]
+    seen = views(suite, "order")
     table: dict[Hashable, Counter[int]] = defaultdict(Counter)
     half = len(seen) // 2
     for view in seen[:half]:

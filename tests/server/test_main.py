@@ -132,6 +132,14 @@ def test_a_busy_port_is_explained() -> None:
             listen("127.0.0.1", port)
 
 
+def test_connections_do_not_wait_to_fill_a_packet() -> None:
+    """Else every small answer on a kept connection takes 40 ms."""
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_media_limits_are_those_of_the_deployment() -> None:
     limits = media_limits(Limits(max_video_bytes=123, min_side=7))
     assert (limits.max_video_bytes, limits.min_side) == (123, 7)

@@ -55,7 +55,7 @@ KV = Annotated[
 KVBudget = Annotated[
     float | None,
     typer.Option(
-        help="What --kv keeps: up to 1 a share of the visual slots, above 1 slots per head.",
+        help="What --kv keeps: up to 1 a share of the visual slots, above 1 slots per head; 0.25 by default.",
         metavar="N_OR_RATIO",
         rich_help_panel=METHODS,
     ),

@@ -73,7 +73,7 @@ def _message(
         raise BadRequest(f"Expected {where} as an object, but got {_kind(message)}")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise BadRequest(f"Expected {where}.role as one of {', '.join(ROLES)}, but got {role!r}")
+        raise BadRequest(f"Expected {where}.role as one of {', '.join(ROLES)}, but got {_shown(role)}")
     if isinstance(content, str):
         if not content.strip():
             raise BadRequest(f"Expected {where}.content with text or media, but it is empty")
@@ -112,8 +112,14 @@ def _part(
         media.append(MediaPart("image" if kind == "image" else "video", content, options, part.get("fps")))
     else:
         known = "text, image_url, video_url" + (", image, video" if on_this_host else "")
-        raise BadRequest(f"Expected {where}.type as one of {known}, but got {kind!r}")
+        raise BadRequest(f"Expected {where}.type as one of {known}, but got {_shown(kind)}")
     return {"type": media[-1].modality}
+
+
+def _shown(value: object) -> str:
+    """A client's own value, cut so that it cannot flood a reply or a log."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}…"
 
 
 def _kind(value: object) -> str:

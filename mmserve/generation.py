@@ -13,7 +13,7 @@ from mmserve import messages as m
 from mmserve.errors import MMServeError
 from mmserve.models.chat import ChatFormat, Detokenizer
 from mmserve.models.layout import expand_tokens
-from mmserve.request import Chunk, Completion, FinishReason, Prompt
+from mmserve.request import Chunk, Completion, FinishReason, Prompt, Usage
 from mmserve.sampling import Logprob
 from mmserve.workers.dispatcher import Update
 from mmserve.workers.pipeline import Pipeline
@@ -86,7 +86,7 @@ class Generation:
             )
             if counts or not prompt.media
             else prompt.token_ids,
-            usage=record.usage() if record.prompt else Completion.__struct_defaults__[0],
+            usage=record.usage() if record.prompt else Usage(),
             timings_ms=record.timings(),
             media=tuple(item.report for item in record.items if item.report),
             methods=prompt.methods,

@@ -17,13 +17,14 @@ from typing import Any, Self, cast
 import msgspec
 import numpy as np
 
-from mmserve.config import CacheSizes, Dtype, ServeConfig
+from mmserve.config import CacheSizes, Dtype, MethodDefaults, ServeConfig
 from mmserve.conversation import MediaPart, parse
 from mmserve.errors import MMServeError
 from mmserve.generation import Deliver, Generation
 from mmserve.media.arrays import save_frames
 from mmserve.media.fetch import Fetcher
 from mmserve.messages import Role
+from mmserve.methods import choose_methods
 from mmserve.models.chat import ChatFormat
 from mmserve.models.resolve import resolve
 from mmserve.progress import progress_bar
@@ -99,8 +100,14 @@ class LLM:
         fps: float | None = None,
         seed: int | None = None,
     ) -> None:
-        self.methods = Methods(
-            prune=prune, keep=keep, attention=attention, kv=kv, kv_budget=kv_budget, kv_dtype=kv_dtype
+        self.methods = choose_methods(
+            MethodDefaults(),
+            prune=prune,
+            keep=keep,
+            attention=attention,
+            kv=kv,
+            kv_budget=kv_budget,
+            kv_dtype=kv_dtype,
         )
         self.options = MediaOptions(num_frames=num_frames, fps=fps)
         self._seed = seed

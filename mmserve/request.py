@@ -55,7 +55,8 @@ class Methods(_Data, frozen=True):
     keep: float = 1.0  # share of visual tokens that survives
     attention: str = "dense"
     kv: str = "none"
-    kv_budget: float | None = None  # at most 1: share of visual slots; above 1: slots per head
+    # at most 1: share of visual slots; above 1: slots per head; None: kv.base.DEFAULT_BUDGET
+    kv_budget: float | None = None
     kv_dtype: str = "auto"
 
 

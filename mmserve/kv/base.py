@@ -67,6 +67,9 @@ class KVPolicy(Protocol):
     def select(self, view: LayerView) -> Selection: ...
 
 
+# share of the visual slots that stays when nobody says how many
+DEFAULT_BUDGET = 0.25
+
 POLICIES = {
     "none": "mmserve.kv.none:NoEviction",
     "random": "mmserve.kv.random:RandomEviction",

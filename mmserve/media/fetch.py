@@ -96,9 +96,9 @@ class Fetcher:
         """Bring what a URL names onto this host, or raise what is wrong with it."""
         scheme = url[:6].lower()
         if scheme.startswith("data:"):
-            stored, source = await asyncio.to_thread(self._store_data, url, modality)
+            stored, source = await self._in_thread(self._store_data, url, modality)
         elif scheme.startswith("file:"):
-            stored, source = await asyncio.to_thread(self._store_file, url, modality)
+            stored, source = await self._in_thread(self._store_file, url, modality)
         else:
             stored, source = await self._download(url, modality)
         return MediaRef(
@@ -108,6 +108,21 @@ class Fetcher:
             source=source,
             options=options or MediaOptions(),
         )
+
+    async def _in_thread(
+        self, store: Callable[[str, Modality], tuple[StoredFile, str]], url: str, modality: Modality
+    ) -> tuple[StoredFile, str]:
+        """Run in a thread; when the caller is cancelled meanwhile, what was stored is let go of."""
+        task = asyncio.ensure_future(asyncio.to_thread(store, url, modality))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(self._abandon)
+            raise
+
+    def _abandon(self, task: asyncio.Future[tuple[StoredFile, str]]) -> None:
+        if not task.cancelled() and task.exception() is None:
+            self._store.release(task.result()[0].path)
 
     def local(
         self, path: str | Path, modality: Modality | None = None, options: MediaOptions | None = None

@@ -7,6 +7,7 @@ each media part becomes one placeholder token.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from mmserve.errors import BadRequest, ConfigError
 Message = Mapping[str, Any]  # an OpenAI chat message whose media parts are {"type": "image" | "video"}
 # stands for one piece of user text while the template is rendered; private-use characters cannot clash
 _MARK = "\ue000{}\ue001"
+_MARKED = re.compile("\ue000([0-9]+)\ue001")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +74,9 @@ class ChatFormat:
             raise BadRequest("Expected messages that fit the model's chat template") from error
         if any(special in text for text in texts for special in self.specials):
             return self._encode_pieces(rendered, texts)
-        for number, text in enumerate(texts):
-            rendered = rendered.replace(_MARK.format(number), text)
-        return list(self.tokenizer.encode(rendered, add_special_tokens=False).ids)
+        # one pass: marks inside user text are text
+        whole = _MARKED.sub(lambda mark: texts[int(mark[1])], rendered)
+        return list(self.tokenizer.encode(whole, add_special_tokens=False).ids)
 
     def _marked(self, message: Message, texts: list[str]) -> dict[str, object]:
         def mark(text: str) -> str:
@@ -92,24 +94,22 @@ class ChatFormat:
 
     def _encode_pieces(self, rendered: str, texts: list[str]) -> list[int]:
         ids: list[int] = []
-        for number, text in enumerate(texts):
-            before, rendered = rendered.split(_MARK.format(number), 1)
-            ids += self.tokenizer.encode(before, add_special_tokens=False).ids
-            ids += self._encode_plain(text)
-        return ids + list(self.tokenizer.encode(rendered, add_special_tokens=False).ids)
+        # odd places hold the numbers of user texts, even ones the template's own words
+        for place, piece in enumerate(_MARKED.split(rendered)):
+            parts = self._harmless(texts[int(piece)]) if place % 2 else [piece]
+            for part in parts:
+                ids += self.tokenizer.encode(part, add_special_tokens=False).ids
+        return ids
 
-    def _encode_plain(self, text: str) -> list[int]:
-        """Encode text so that no special token can come out of it: each is cut after its first character."""
-        for special in sorted(self.specials, key=len, reverse=True):
-            if special in text:
-                before, after = text.split(special, 1)
-                return [
-                    *self._encode_plain(before),
-                    *self.tokenizer.encode(special[:1], add_special_tokens=False).ids,
-                    *self._encode_plain(special[1:]),
-                    *self._encode_plain(after),
-                ]
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+    def _harmless(self, text: str) -> list[str]:
+        """Cut text so that no piece contains a special token: each one behind its first character."""
+        specials = re.compile("|".join(map(re.escape, self.specials)))
+        pieces, start = [], 0
+        while found := specials.search(text, start):
+            cut = found.start() + 1
+            pieces.append(text[start:cut])
+            start = cut
+        return [*pieces, text[start:]]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)

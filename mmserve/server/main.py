@@ -14,7 +14,6 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,9 @@ from mmserve.workers.process import receive_config
 # run as a module, __name__ is "__main__"
 logger = logging.getLogger("mmserve.server.main")
 
-DRAIN_S = 28.0  # of the 30 s after which the supervisor ends this process
+DRAIN_S = 30.0
 DEMO_PORT = 7860
+DEMO_HOME = Path(__file__).parents[2]
 DEMO_KEY_VARIABLE = "MMSERVE_API_KEY"
 _CLOSE_S = 5  # for connections whose answer is complete
 _KEEP_ALIVE_S = 30
@@ -59,12 +59,6 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-def media_limits(limits: Limits) -> MediaLimits:
-    """What of a deployment's limits is about one media item."""
-    names = {each.name for each in fields(MediaLimits)} & {each.name for each in fields(Limits)}
-    return MediaLimits(**{name: getattr(limits, name) for name in names})
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -137,7 +131,7 @@ async def answer_until_stopped(
     app = create_app(
         pipeline=pipeline,
         chat=ChatFormat.from_model_dir(Path(api.model_dir)),
-        fetcher=Fetcher(policy, media_limits(limits), media_dir),
+        fetcher=Fetcher(policy, MediaLimits.from_config(limits), media_dir),
         config=config,
         model_name=config.model,
     )
@@ -165,7 +159,8 @@ async def _start_demo(url: str, config: ServeConfig) -> asyncio.subprocess.Proce
         sys.executable,
         *("-m", "demo.page", "--server", url, "--port", str(DEMO_PORT)),
         stdin=asyncio.subprocess.DEVNULL,
-        env=os.environ | key,
+        # the page is not part of the installed package: it stands beside it in a checkout
+        env=os.environ | key | {"PYTHONPATH": str(DEMO_HOME)},
     )
 
 

@@ -11,15 +11,16 @@ import time
 from types import FrameType
 
 from mmserve.config import ServeConfig, to_mapping
+from mmserve.errors import ConfigError
 from mmserve.models.resolve import resolve
 from mmserve.queues import ipc_endpoint
 from mmserve.rundir import RunDir
-from mmserve.server.main import ApiConfig
+from mmserve.server.main import DEMO_HOME, ApiConfig
 from mmserve.workers.process import Child
 from mmserve.workers.supervisor import Supervisor, worker_configs
 
 logger = logging.getLogger(__name__)
-DRAIN_S = 30.0
+DRAIN_S = 36.0  # the API's own limit and some seconds to close
 POLL_S = 0.05
 
 
@@ -43,6 +44,8 @@ class _Stop:
 
 def serve(config: ServeConfig, *, demo: bool = False) -> int:
     """Serve until a signal; 0 after a drain that was asked for, 1 when a part could not be kept alive."""
+    if demo and not (DEMO_HOME / "demo" / "page.py").is_file():
+        raise ConfigError("Expected the demo page beside the package, but it is only in a source checkout")
     stop = _Stop()
     model_dir = resolve(config.model)
     with RunDir() as run_dir:

@@ -18,7 +18,7 @@ from mmserve.engine.plan import Pending, Plan, plan_step
 from mmserve.engine.runner import DecodeRow, PromptRows, Runner
 from mmserve.engine.sampler import sample
 from mmserve.errors import BadRequest
-from mmserve.kv.base import load_policy
+from mmserve.kv.base import DEFAULT_BUDGET, load_policy
 from mmserve.kv.store import KVExport
 from mmserve.models.layout.llava_onevision import expand, survivors
 from mmserve.request import FinishReason
@@ -250,7 +250,9 @@ class LanguageHandler:
         first = None if command.forced else self._sample(command, logits, 0, command.sampling)
         before = runner.kv_bytes(name)
         if command.methods.kv != "none":
-            runner.compress(name, load_policy(command.methods.kv), command.methods.kv_budget or 1.0)
+            runner.compress(
+                name, load_policy(command.methods.kv), command.methods.kv_budget or DEFAULT_BUDGET
+            )
         after, slots = runner.kv_bytes(name), int(runner.table.lengths(name).max())
         runner.finish_prompt(name)
         prefilled_at = time.perf_counter()

@@ -15,7 +15,8 @@ LIMITS = MediaLimits()
 
 
 def chosen(**options: float | int | None) -> list[int]:
-    return sample(TIMES, 4.0, 0.001, MediaOptions(**options), LIMITS).tolist()  # type: ignore[arg-type]
+    span = MediaOptions(**options)  # type: ignore[arg-type]
+    return [int(index) for index in sample(TIMES, 4.0, 0.001, span, LIMITS)]
 
 
 @pytest.mark.parametrize(

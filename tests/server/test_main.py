@@ -14,8 +14,9 @@ import pytest
 
 from mmserve.config import Limits, ServeConfig
 from mmserve.errors import ConfigError
+from mmserve.media.limits import MediaLimits
 from mmserve.server.app import create_app
-from mmserve.server.main import listen, make_server, media_limits, serve
+from mmserve.server.main import listen, make_server, serve
 from tests.server.fakes import ANSWER, QUESTION, FakeFetcher, FakePipeline, chat_format, events, wait_until
 
 Scenario = Callable[[httpx.AsyncClient, FakePipeline], Awaitable[None]]
@@ -141,7 +142,7 @@ def test_connections_do_not_wait_to_fill_a_packet() -> None:
 
 
 def test_media_limits_are_those_of_the_deployment() -> None:
-    limits = media_limits(Limits(max_video_bytes=123, min_side=7))
+    limits = MediaLimits.from_config(Limits(max_video_bytes=123, min_side=7))
     assert (limits.max_video_bytes, limits.min_side) == (123, 7)
 
 

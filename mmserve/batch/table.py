@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -18,12 +19,13 @@ MIN_WIDTH = 110  # where no terminal gives one
 def answers_table(questions: Sequence[Question], rows: dict[str, dict[str, Any]]) -> Table:
     """One row per question: answer, right or wrong, visual tokens before and after, milliseconds."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("question", overflow="ellipsis", no_wrap=True, max_width=44)
+    table.add_column("question", max_width=40)
     table.add_column("answer", overflow="ellipsis", no_wrap=True, max_width=24)
-    table.add_column("result", no_wrap=True)
-    table.add_column("visual tokens", justify="right", no_wrap=True)
-    for stage in STAGES:
-        table.add_column(f"{stage} ms" if stage == "total" else stage, justify="right", no_wrap=True)
+    for name in ("result", "visual tokens", *(f"{stage} ms" for stage in STAGES)):
+        # the question wraps on a narrow terminal, the figures never
+        width = max(map(len, name.split()))
+        justify: JustifyMethod = "left" if name == "result" else "right"
+        table.add_column(name.replace(" ", "\n"), justify=justify, no_wrap=True, min_width=width)
     for question in questions:
         row = rows[question.question_id]
         report = report_of(row)

@@ -11,6 +11,7 @@ import pytest
 
 from mmserve.errors import MMServeError
 from mmserve.evaluation.suites import Example
+from mmserve.generation import Deliver
 from mmserve.llm import LLM
 from mmserve.request import Chunk, Completion
 from mmserve.sampling import SamplingParams
@@ -34,7 +35,7 @@ class Crowd:
             clip, example = clips[number]
             llm.submit(ask(clip, example.question.text), PARAMS, deliver=self._listener(number))
 
-    def _listener(self, number: int):  # type: ignore[no-untyped-def]  # noqa: ANN202 - a closure
+    def _listener(self, number: int) -> Deliver:
         def deliver(news: Chunk | Completion | MMServeError) -> None:
             with self._news:
                 if isinstance(news, Chunk):
@@ -65,15 +66,30 @@ def undisturbed(epd: LLM, basic_clips: list[tuple[Path, Example]]) -> list[tuple
     return Crowd(epd, basic_clips).answers()
 
 
+def _killed_once(
+    llm: LLM, clips: list[tuple[Path, Example]], role: str, tokens: int
+) -> list[tuple[int, ...]]:
+    """Answers of a crowd during which the worker of a role is killed after so many tokens."""
+    crowd = Crowd(llm, clips)
+    crowd.after(tokens)
+    pids = llm.worker_pids()
+    victims = [pid for name, pid in pids.items() if name.startswith(role)]
+    assert victims, f"no {role} worker among {sorted(pids)}"
+    os.kill(victims[0], signal.SIGKILL)
+    return crowd.answers()
+
+
+def test_three_kills_in_a_row_lose_no_answer(
+    epd: LLM, basic_clips: list[tuple[Path, Example]], undisturbed: list[tuple[int, ...]]
+) -> None:
+    for role, tokens in (("encode", 0), ("prefill", 100), ("decode", 300)):
+        assert _killed_once(epd, basic_clips, role, tokens) == undisturbed
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("role", ["encode", "prefill", "decode"])
-def test_killing_a_worker_three_times_in_a_row_loses_no_answer(
+def test_killing_one_role_three_times_in_a_row_loses_no_answer(
     epd: LLM, basic_clips: list[tuple[Path, Example]], undisturbed: list[tuple[int, ...]], role: str
 ) -> None:
     for tokens in (0, 100, 300):
-        crowd = Crowd(epd, basic_clips)
-        crowd.after(tokens)
-        pids = epd.worker_pids()
-        victims = [pid for name, pid in pids.items() if name.startswith(role)]
-        assert victims, f"no {role} worker among {sorted(pids)}"
-        os.kill(victims[0], signal.SIGKILL)
-        assert crowd.answers() == undisturbed
+        assert _killed_once(epd, basic_clips, role, tokens) == undisturbed

@@ -45,7 +45,7 @@ RECIPE = """
 
 `python -m mmserve.evaluation.train_tiny` from seeds: the tower and projector first learn what lies under
 every token, with the word embeddings as the classifier; then the language model learns to answer, eight
-questions packed behind one clip whose embeddings are computed once; then everything is tuned together.
+questions packed behind one clip whose embeddings are computed once.
 Half of its heads start as "find what resembles me and copy it", without which binding a colour to a
 shape stays on a plateau.
 

@@ -1,8 +1,9 @@
 """Train the embedded model `tiny`: `python -m mmserve.evaluation.train_tiny --out RUN`.
 
-Three phases, each resumable from RUN/*.safetensors: the tower learns what lies under every token, aligned
+Two phases, each resumable from RUN/*.safetensors: the tower learns what lies under every token, aligned
 with the word embeddings; then the language model learns to answer, many questions to a clip, on
-embeddings computed once; then everything is tuned together. Reproducible from the seed.
+embeddings computed once. Reproducible from the seed; longer clips, several media and carriers would be
+further phases with other clips and masks.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ class Trainer:
         if state.exists():
             load_state(state, self.model, None)
             return
-        pool = clip_pool(self.seed, 0, clips, 8, self.workers)
-        held = clip_pool(self.seed, HELD_OUT, 32, 8, self.workers)
+        pool = clip_pool(self.seed, 0, clips, 8, "see", self.workers)
+        held = clip_pool(self.seed, HELD_OUT, 32, 8, "see", self.workers)
         frames = np.concatenate([clip for _, clip in pool])
         truth = token_labels([scene for scene, _ in pool])
         del pool
@@ -151,11 +152,11 @@ class Trainer:
         )
         return loss, scores
 
-    # phases 2 and 3
+    # phase 2
 
     @torch.no_grad()
     def _embeddings(self, count: int, start: int, frames: int) -> tuple[list[Scene], Tensor]:
-        pool = clip_pool(self.seed, start, count, frames, self.workers)
+        pool = clip_pool(self.seed, start, count, frames, "answer", self.workers)
         rows = []
         for first in range(0, count, 16):
             clip = np.concatenate([clip for _, clip in pool[first : first + 16]])
@@ -275,7 +276,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that render clips")
     parser.add_argument("--tower-steps", type=int, default=900)
-    parser.add_argument("--language-steps", type=int, default=3000)
+    parser.add_argument("--language-steps", type=int, default=2000)
     parser.add_argument("--frames", type=int, default=8)
     arguments = parser.parse_args()
     trainer = Trainer(arguments)

@@ -77,6 +77,7 @@ def _message(
     if isinstance(content, str):
         if not content.strip():
             raise BadRequest(f"Expected {where}.content with text or media, but it is empty")
+        _check_text(content, f"{where}.content")
         return {"role": role, "content": content}
     if not isinstance(content, Sequence) or not content:
         raise BadRequest(f"Expected {where}.content as text or a list of parts, but got {_kind(content)}")
@@ -98,6 +99,7 @@ def _part(
         text = part.get("text")
         if not isinstance(text, str):
             raise BadRequest(f"Expected {where}.text as text, but got {_kind(text)}")
+        _check_text(text, f"{where}.text")
         return {"type": "text", "text": text}
     if kind in ("image_url", "video_url"):
         value = part.get(kind)
@@ -114,6 +116,14 @@ def _part(
         known = "text, image_url, video_url" + (", image, video" if on_this_host else "")
         raise BadRequest(f"Expected {where}.type as one of {known}, but got {_shown(kind)}")
     return {"type": media[-1].modality}
+
+
+def _check_text(text: str, where: str) -> None:
+    """JSON may spell half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRequest(f"Expected {where} as Unicode text, but it has a lone surrogate") from error
 
 
 def _shown(value: object) -> str:

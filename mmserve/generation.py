@@ -80,7 +80,7 @@ class Generation:
             request_id=record.request_id,
             text=self._text,
             token_ids=tuple(token.token_id for token in record.tokens),
-            finish_reason=record.finish or FinishReason.CANCELLED,
+            finish_reason=self._finish_reason(record),
             prompt_token_ids=expand_tokens(
                 prompt.token_ids, counts, (self._chat.image_token, self._chat.video_token)
             )
@@ -92,6 +92,11 @@ class Generation:
             methods=prompt.methods,
             logprobs=logprobs or None,
         )
+
+    def _finish_reason(self, record: Record) -> FinishReason:
+        if record.state is State.FINISHED and self._detokenizer.stopped:
+            return FinishReason.STOP  # also when the stop string came with the last allowed token
+        return record.finish or FinishReason.CANCELLED
 
     def _spelled(self, token: m.Sampled) -> m.Sampled:
         """The token with the text of every reported candidate."""

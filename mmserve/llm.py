@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -19,7 +19,7 @@ import numpy as np
 
 from mmserve.config import CacheSizes, Dtype, MethodDefaults, ServeConfig
 from mmserve.conversation import MediaPart, parse
-from mmserve.errors import MMServeError
+from mmserve.errors import BadRequest, MMServeError
 from mmserve.generation import Deliver, Generation
 from mmserve.media.arrays import save_frames
 from mmserve.media.fetch import Fetcher
@@ -131,7 +131,7 @@ class LLM:
         configs = worker_configs(config, endpoint, [str(d) for d in self._run_dir.directories])
         self._thread = threading.Thread(
             target=self._run_here if epd is None else self._supervise,
-            args=(_colocated(configs) if epd is None else configs,),
+            args=(_colocated(configs, threads) if epd is None else configs,),
             name="mmserve-workers",
             daemon=True,
         )
@@ -144,6 +144,10 @@ class LLM:
 
     def _run_here(self, configs: list[WorkerConfig]) -> None:
         try:
+            # slow to import, and here only; threads are counted per calling thread
+            import torch
+
+            torch.set_num_threads(configs[0].threads)
             run_worker(configs[0], self._stopping.is_set)
         except Exception as error:  # reported to whoever waits for the pipeline
             known = error if isinstance(error, MMServeError) else MMServeError(f"The worker failed: {error}")
@@ -151,7 +155,10 @@ class LLM:
 
     def _supervise(self, configs: list[WorkerConfig]) -> None:
         supervisor = Supervisor(configs, lambda text: self._pipeline.report_failure(MMServeError(text)))
-        supervisor.run(self._stopping.is_set)
+        try:
+            supervisor.run(self._stopping.is_set)
+        except Exception as error:  # reported to whoever waits for the pipeline
+            self._pipeline.report_failure(MMServeError(f"The supervisor failed: {error}"))
 
     # requests
 
@@ -169,6 +176,10 @@ class LLM:
             sampling = [sampling_params or SamplingParams()] * len(conversations)
         else:
             sampling = list(sampling_params)
+        if len(sampling) != len(conversations):
+            raise BadRequest(
+                f"Expected sampling_params for {len(conversations)} conversations, but got {len(sampling)}"
+            )
         places = threading.Semaphore(MAX_IN_FLIGHT)
         with progress_bar(len(conversations), "answering", shown=progress) as advance:
 
@@ -180,6 +191,7 @@ class LLM:
             for conversation, params in zip(conversations, sampling, strict=True):
                 places.acquire()
                 answers.append(self._start(conversation, params, methods, done))
+            wait(answers)
             return [_output(answer.result()) for answer in answers]
 
     def _start(
@@ -276,11 +288,10 @@ def _conversations(messages: Messages | Sequence[Messages]) -> list[Messages]:
     return list(cast("Sequence[Messages]", messages))
 
 
-def _colocated(configs: list[WorkerConfig]) -> list[WorkerConfig]:
-    """One worker with every role and all the cores."""
-    return [
-        msgspec.structs.replace(configs[0], name="all-0-0", roles=tuple(Role), threads=os.cpu_count() or 1)
-    ]
+def _colocated(configs: list[WorkerConfig], threads: int | None) -> list[WorkerConfig]:
+    """One worker with every role and, unless told otherwise, all the cores."""
+    cores = threads or os.cpu_count() or 1
+    return [msgspec.structs.replace(configs[0], name="all-0-0", roles=tuple(Role), threads=cores)]
 
 
 def _output(completion: Completion) -> RequestOutput:

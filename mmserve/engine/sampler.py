@@ -7,6 +7,8 @@ from torch import Tensor
 
 from mmserve.sampling import Logprob, SamplingParams
 
+MIN_TEMPERATURE = 1e-5  # below it fp32 overflows and the draw is greedy anyway
+
 
 def sample(logits: Tensor, params: SamplingParams, step: int) -> tuple[int, dict[int, Logprob] | None]:
     """Choose token number `step` of an answer from fp32 `logits` [V], with the log-probabilities asked for.
@@ -18,7 +20,7 @@ def sample(logits: Tensor, params: SamplingParams, step: int) -> tuple[int, dict
 
 
 def _draw(logits: Tensor, params: SamplingParams, step: int) -> int:
-    scaled = logits / params.temperature
+    scaled = (logits - logits.max()) / max(params.temperature, MIN_TEMPERATURE)
     if params.top_k:
         limit = scaled.topk(min(params.top_k, len(scaled))).values[-1]
         scaled = scaled.masked_fill(scaled < limit, -torch.inf)

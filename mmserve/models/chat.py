@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Template
+from jinja2 import Template, nodes
 from jinja2.exceptions import TemplateError
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
@@ -44,19 +46,20 @@ class ChatFormat:
             raise ConfigError(f"Expected tokenizer.json in {path.name}, but found none")
         config = json.loads((path / "config.json").read_text())
         tokenizer = Tokenizer.from_file(str(tokenizer_file))
-        specials = tuple(t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special)
+        image, video = _media_token(config, "image"), _media_token(config, "video")
+        specials = tuple(
+            token.content
+            for number, token in tokenizer.get_added_tokens_decoder().items()
+            if token.special or number in (image, video)
+        )
         text = config.get("text_config", config)
         eos = text.get("eos_token_id", config.get("eos_token_id"))
         return cls(
             tokenizer=tokenizer,
             template=_environment().from_string(_template_text(path)),
             specials=specials,
-            image_token=config["image_token_id"]
-            if "image_token_id" in config
-            else config["image_token_index"],
-            video_token=config["video_token_id"]
-            if "video_token_id" in config
-            else config["video_token_index"],
+            image_token=image,
+            video_token=video,
             eos_tokens=tuple(eos) if isinstance(eos, list) else (eos,),
         )
 
@@ -64,7 +67,8 @@ class ChatFormat:
         """Token ids of a conversation, ready for the assistant's turn, one id per media item.
 
         Text that spells a special token is encoded with special tokens disabled, so a user can
-        type `<image>` without claiming an image (the rest is unchanged).
+        type `<image>` without claiming an image (the rest is unchanged). Raises BadRequest unless the
+        placeholders are those of the media parts, in their order.
         """
         texts: list[str] = []
         marked = [self._marked(message, texts) for message in messages]
@@ -72,11 +76,30 @@ class ChatFormat:
             rendered = self.template.render(messages=marked, add_generation_prompt=True)
         except TemplateError as error:
             raise BadRequest("Expected messages that fit the model's chat template") from error
-        if any(special in text for text in texts for special in self.specials):
-            return self._encode_pieces(rendered, texts)
         # one pass: marks inside user text are text
         whole = _MARKED.sub(lambda mark: texts[int(mark[1])], rendered)
-        return list(self.tokenizer.encode(whole, add_special_tokens=False).ids)
+        # compared as a whole, because pieces that are harmless alone may spell a special token together
+        if self._count_specials(whole) != self._count_specials(rendered):
+            ids = self._encode_pieces(rendered, texts)
+        else:
+            ids = list(self.tokenizer.encode(whole, add_special_tokens=False).ids)
+        self._check_media(ids, messages)
+        return ids
+
+    def _count_specials(self, text: str) -> int:
+        return sum(text.count(special) for special in self.specials)
+
+    def _check_media(self, ids: Sequence[int], messages: Sequence[Message]) -> None:
+        """The pipeline pairs placeholders with media by order alone, so it has to be the same."""
+        kinds = {self.image_token: "image", self.video_token: "video"}
+        found = [kinds[token] for token in ids if token in kinds]
+        contents = [message["content"] for message in messages]
+        parts = [part for content in contents if not isinstance(content, str) for part in content]
+        if found != (given := [part["type"] for part in parts if part["type"] != "text"]):
+            shown = ", ".join(found[:8]) or "none"
+            raise BadRequest(
+                f"Expected media whose order the model's chat template keeps, but {len(given)} became {shown}"
+            )
 
     def _marked(self, message: Message, texts: list[str]) -> dict[str, object]:
         def mark(text: str) -> str:
@@ -119,8 +142,27 @@ class ChatFormat:
         return self.tokenizer.decode([token], skip_special_tokens=False)
 
 
+class _Generation(Extension):
+    """`{% generation %}` marks the assistant's words for training; here they are rendered as they are."""
+
+    tags = frozenset({"generation"})  # type: ignore[assignment]  # declared as a set, only read
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _media_token(config: Mapping[str, Any], modality: str) -> int:
+    for name in (f"{modality}_token_id", f"{modality}_token_index"):
+        if isinstance(token := config.get(name), int):
+            return token
+    raise ConfigError(f"Expected {modality}_token_id in config.json, but found none")
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
@@ -157,6 +199,8 @@ class Detokenizer:
 
     def add(self, ids: Sequence[int]) -> str:
         """Text that became certain with these ids."""
+        if self.stopped:
+            return ""
         self._ids += ids
         before = self._chat.decode(self._ids[self._context : self._settled])
         after = self._chat.decode(self._ids[self._context :])
@@ -167,18 +211,19 @@ class Detokenizer:
 
     def flush(self) -> str:
         """What was held back, once nothing follows."""
+        if self.stopped:
+            return ""
         tail = self._chat.decode(self._ids[self._context :])
         known = self._chat.decode(self._ids[self._context : self._settled])
         text, self._held = self._release(tail[len(known) :]) + self._held, ""
         self._settled = len(self._ids)
-        return "" if self.stopped else text
+        return text
 
     def _release(self, text: str) -> str:
         text, self._held = self._held + text, ""
-        for stop in self._stop:
-            if (at := text.find(stop)) >= 0:
-                self.stopped = True
-                return text[:at]
+        if found := [at for stop in self._stop if (at := text.find(stop)) >= 0]:
+            self.stopped = True
+            return text[: min(found)]
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

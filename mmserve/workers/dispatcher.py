@@ -185,13 +185,16 @@ class Dispatcher:
         if record is None:
             return
         record.items[event.item].keep_bound = event.keep_bound
-        bound = sum(item.keep_bound for item in record.items) + self._text_slots(record)
-        room = max(
-            (w.capacity.slots for w in self.workers.values() if Role.PREFILL in w.roles), default=bound
-        )
-        if bound > room:
-            text = f"Expected a prompt of at most {room} tokens with its answer, but got {bound}"
+        self._check_room(record, sum(item.keep_bound for item in record.items) + self._text_slots(record))
+
+    def _check_room(self, record: Record, slots: int) -> bool:
+        """Fail what not even an idle worker can hold: it would wait for credit until its deadline."""
+        prefills = [w for w in self.workers.values() if Role.PREFILL in w.roles]
+        room = max((worker.capacity.slots for worker in prefills), default=slots)
+        if slots > room:
+            text = f"Expected a prompt of at most {room} tokens with its answer, but got {slots}"
             self.fail(record.request_id, BadRequest(text))
+        return slots <= room
 
     def _encoded(self, worker: Worker, event: m.MediaEncoded) -> None:
         self.lease_owner[event.encoded.lease.lease_id] = worker.name
@@ -315,7 +318,9 @@ class Dispatcher:
     def _queue_prefill(self, record: Record) -> None:
         record.state = State.PREFILLING
         visual = sum(item.encoded.kept for item in record.items if item.encoded)
-        self._wait(record, Role.PREFILL, slots=visual + self._text_slots(record))
+        slots = visual + self._text_slots(record)
+        if self._check_room(record, slots):
+            self._wait(record, Role.PREFILL, slots=slots)
 
     def _text_slots(self, record: Record) -> int:
         prompt = self._prompt(record)

@@ -180,6 +180,7 @@ class EncodeHandler:
         return known
 
     def _keys(self, command: m.EncodeMedia, plan: MediaPlan) -> list[bytes]:
+        is_image = command.media.modality == "image"
         return [
             frame_key(
                 source_digest=command.media.digest,
@@ -187,7 +188,8 @@ class EncodeHandler:
                 preprocessing={
                     "modality": command.media.modality,
                     "settings": self._preprocessing.fingerprint,
-                    "tiled": command.is_only_image,
+                    # a video is the same beside any number of images
+                    "tiled": is_image and command.is_only_image,
                 },
                 time_s=time_s,
                 weights_revision=self._weights_revision,
@@ -223,6 +225,7 @@ class EncodeHandler:
     def _video(self, command: m.EncodeMedia, known: _Known, clock: _Clock) -> tuple[VisualItem, int]:
         keys = self._keys(command, known.plan)
         rows = {i: row for i, key in enumerate(keys) if (row := self._cache.get(key)) is not None}
+        known.lost -= rows.keys()  # another range of the same file may have decoded them
         cached = len(rows)
         wanted = [i for i in range(len(keys)) if i not in rows and i not in known.lost]
         for positions in _segments(wanted):

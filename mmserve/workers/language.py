@@ -50,7 +50,6 @@ class _Decode:
 
     command: m.DecodeFrom
     tokens: list[int]
-    known: int  # given with the command: not reported again
     fed: int = 0
 
     @property
@@ -64,6 +63,8 @@ class _Queues:
     commands: list[tuple[m.PrefillPrompt | m.DecodeFrom, float]] = field(default_factory=list)
     prefills: dict[str, _Prefill] = field(default_factory=dict)
     decodes: dict[str, _Decode] = field(default_factory=dict)
+    # most pages each sequence here may come to hold, from its admission until it is forgotten
+    pages: dict[str, int] = field(default_factory=dict)
 
 
 class LanguageHandler:
@@ -88,25 +89,23 @@ class LanguageHandler:
         self._lease_directories = lease_directories
         self._reporter = reporter
         self._queues = _Queues()
-        self.capacity = m.Credits(requests=MAX_RUNNING, slots=self._slots(runner.table.num_pages))
+        self.capacity = self._offer(runner.table.num_pages, MAX_RUNNING)
 
-    def _slots(self, pages: int) -> int:
-        """Slots per head that so many pages hold, a page per head lost to rounding."""
+    def _offer(self, pages: int, places: int) -> m.Credits:
+        """What fits into so many pages: each of the `requests` may round up to a page in every head."""
         table = self._runner.table
-        heads = table.layers * table.kv_heads
-        return max(pages // heads - MAX_RUNNING // 8, pages // heads // 2) * table.page_size
+        free = max(pages, 0) // (table.layers * table.kv_heads)
+        requests = min(places, max(free // 8, 1))
+        return m.Credits(
+            requests=requests, slots=max(free * table.page_size - requests * (table.page_size - 1), 0)
+        )
 
     def credits(self) -> m.Credits:
-        queues = self._queues
-        running = len(queues.commands) + len(queues.prefills) + len(queues.decodes)
-        # what is admitted but not yet written
-        owed = sum(_cost(command) for command, _ in queues.commands)
-        owed += sum(
-            len(p.rows) - p.rows.done + p.command.sampling.max_tokens for p in queues.prefills.values()
-        )
-        owed += sum(d.command.sampling.max_tokens - d.fed for d in queues.decodes.values())
-        free = self._slots(self._runner.table.free_pages) - owed
-        return m.Credits(requests=MAX_RUNNING - running, slots=max(free, 0))
+        table, queues = self._runner.table, self._queues
+        waiting = [command for command, _ in queues.commands]
+        promised = sum(queues.pages.values()) + sum(table.pages_for(_cost(command)) for command in waiting)
+        known = queues.pages.keys() | {command.request_id for command in waiting}
+        return self._offer(table.num_pages - promised, MAX_RUNNING - len(known))
 
     def handle(self, command: m.AnyCommand) -> None:
         if isinstance(command, m.PrefillPrompt | m.DecodeFrom):
@@ -121,13 +120,21 @@ class LanguageHandler:
         queues.commands = [entry for entry in queues.commands if entry[0].request_id != request_id]
         queues.prefills.pop(request_id, None)
         queues.decodes.pop(request_id, None)
-        self._runner.release(request_id)
+        self._release(request_id)
+
+    def _release(self, name: str) -> None:
+        self._queues.pages.pop(name, None)
+        self._runner.release(name)
+
+    def _fail(self, command: m.PrefillPrompt | m.DecodeFrom, error: Exception, what: str) -> None:
+        """One request cannot go on; the worker does."""
+        self._forget(command.request_id)
+        self._reporter.emit(failed(command.request_id, command.attempt, error, what))
 
     def step(self) -> bool:
         queues = self._queues
-        commands, queues.commands = queues.commands, []
-        for command, received_at in commands:
-            self._guarded(command, received_at)
+        while queues.commands:
+            self._guarded(*queues.commands.pop(0))
         pending = [Pending(name, p.rows.done, len(p.rows)) for name, p in queues.prefills.items()]
         plan = plan_step(pending, tuple(queues.decodes), TOKEN_BUDGET)
         if not plan.decodes and not plan.chunks:
@@ -144,8 +151,7 @@ class LanguageHandler:
             else:
                 self._add_decode(command)
         except Exception as error:  # a bad request must not end the worker; it is logged and answered
-            self._forget(command.request_id)
-            self._reporter.emit(failed(command.request_id, command.attempt, error, "reading its prompt"))
+            self._fail(command, error, "reading its prompt")
 
     @torch.inference_mode()
     def _add_prompt(self, command: m.PrefillPrompt, received_at: float) -> None:
@@ -157,6 +163,8 @@ class LanguageHandler:
             kept.append(arrays["source"].numpy())
             visual.append(arrays["embeddings"])
         rows = survivors(layout, kept)
+        if len(rows.order) == 0:
+            raise BadRequest("Expected a prompt of at least one token, but it is empty")
         embeddings = self._runner.embed(layout.token_ids[rows.order])
         if visual:
             embeddings[torch.from_numpy(rows.is_visual)] = torch.cat(visual).to(embeddings)
@@ -165,6 +173,9 @@ class LanguageHandler:
         )
         transferred_at = time.perf_counter()
         self._runner.add(command.request_id, prompt)
+        self._queues.pages[command.request_id] = self._runner.table.pages_for(
+            len(prompt) + command.sampling.max_tokens
+        )
         self._queues.prefills[command.request_id] = _Prefill(
             command=command,
             rows=prompt,
@@ -187,25 +198,45 @@ class LanguageHandler:
                 v=tensors["v"],
             )
             self._runner.store.import_(self._runner.table, command.request_id, export)
+            self._promise(command.request_id, command.sampling)
         elif command.request_id not in self._runner.table:
             raise BadRequest("Expected a prefilled sequence on this worker, but it is not here")
-        self._queues.decodes[command.request_id] = _Decode(
-            command=command, tokens=list(command.tokens), known=len(command.tokens)
-        )
+        self._queues.decodes[command.request_id] = _Decode(command=command, tokens=list(command.tokens))
+
+    def _promise(self, name: str, sampling: SamplingParams) -> None:
+        """Hold back the pages that the answer to a prefilled prompt may still need."""
+        table = self._runner.table
+        pages = -(-(table.lengths(name) + sampling.max_tokens) // table.page_size)
+        self._queues.pages[name] = int(pages.sum())
 
     def _run(self, plan: Plan) -> None:
+        """One step. An error in the model fails every request in it, one after the model only its own."""
         queues = self._queues
-        rows = {name: queues.decodes[name].row for name in plan.decodes}
-        logits = self._runner.run(plan, rows)
+        commands = {name: queues.decodes[name].command for name in plan.decodes} | {
+            chunk.sequence: queues.prefills[chunk.sequence].command for chunk in plan.chunks
+        }
+        try:
+            logits = self._runner.run(plan, {name: queues.decodes[name].row for name in plan.decodes})
+        except Exception as error:
+            for command in commands.values():
+                self._fail(command, error, "a step of the model")
+            return
         sampled = []
         for name in plan.decodes:
-            if (token := self._advance(name, logits[name])) is not None:
+            try:
+                token = self._advance(name, logits[name])
+            except Exception as error:
+                self._fail(commands[name], error, "choosing its next token")
+                continue
+            if token is not None:
                 sampled.append(token)
         if sampled:
             self._reporter.emit(m.TokensDecoded(tokens=tuple(sampled)))
-        for chunk in plan.chunks:
-            if chunk.sequence in logits:
-                self._finish_prompt(queues.prefills.pop(chunk.sequence), logits[chunk.sequence])
+        for name in (chunk.sequence for chunk in plan.chunks if chunk.sequence in logits):
+            try:
+                self._finish_prompt(queues.prefills.pop(name), logits[name])
+            except Exception as error:
+                self._fail(commands[name], error, "finishing its prompt")
 
     def _advance(self, name: str, logits: torch.Tensor) -> m.Sampled | None:
         """Feed the next known token, or sample a new one; None while forced tokens are replayed."""
@@ -217,8 +248,7 @@ class LanguageHandler:
         token = self._sample(command, logits, len(decode.tokens), command.sampling)
         decode.tokens.append(token.token_id)
         if token.finish is not None:
-            del self._queues.decodes[name]
-            self._runner.release(name)
+            self._release(name)
         return token
 
     def _sample(
@@ -250,8 +280,9 @@ class LanguageHandler:
         first = None if command.forced else self._sample(command, logits, 0, command.sampling)
         before = runner.kv_bytes(name)
         if command.methods.kv != "none":
+            budget = command.methods.kv_budget
             runner.compress(
-                name, load_policy(command.methods.kv), command.methods.kv_budget or DEFAULT_BUDGET
+                name, load_policy(command.methods.kv), DEFAULT_BUDGET if budget is None else budget
             )
         after, slots = runner.kv_bytes(name), int(runner.table.lengths(name).max())
         runner.finish_prompt(name)
@@ -261,7 +292,9 @@ class LanguageHandler:
         if command.hand_off and not is_over:
             lease = self._publish(name)
         if command.hand_off or is_over:
-            runner.release(name)
+            self._release(name)
+        else:
+            self._promise(name, command.sampling)
         self._reporter.emit(
             m.PromptPrefilled(
                 request_id=name,
@@ -292,7 +325,8 @@ class LanguageHandler:
 
 
 def _cost(command: m.PrefillPrompt | m.DecodeFrom) -> int:
-    """Slots per head that a waiting command will take."""
+    """Slots per head that a waiting command takes at most; a sequence that is here has its promise."""
     if isinstance(command, m.PrefillPrompt):
-        return len(command.token_ids) + sum(item.kept for item in command.items) + command.sampling.max_tokens
-    return command.next_order + command.sampling.max_tokens
+        text = len(command.token_ids) - len(command.items)
+        return text + sum(item.kept for item in command.items) + command.sampling.max_tokens
+    return 0 if command.lease is None else command.next_position + command.sampling.max_tokens

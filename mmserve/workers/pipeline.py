@@ -11,11 +11,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from mmserve import messages as m
-from mmserve.errors import MMServeError, Unavailable, WireError
+from mmserve.errors import MMServeError, TooLarge, Unavailable, WireError
 from mmserve.messages import Role
 from mmserve.queues import Router
 from mmserve.request import Prompt
@@ -52,6 +53,7 @@ class Pipeline:
         self._roles: frozenset[Role] = frozenset()
         self._failure: MMServeError | None = None
         self._closing = False
+        self._ended = False  # under the lock: no call is taken any more
         self._thread = threading.Thread(target=self._run, name="mmserve-pipeline", daemon=True)
         self._thread.start()
 
@@ -63,6 +65,8 @@ class Pipeline:
         def register() -> str:
             if self._failure is not None:
                 raise self._failure
+            if self._closing:
+                raise Unavailable("The server is shutting down")
             request_id = self._dispatcher.admit(deadline_s)
             self._listeners[request_id] = listener
             return request_id
@@ -121,17 +125,21 @@ class Pipeline:
         """End every request, then the thread. Idempotent."""
         if self._closing:
             return
-        self._post(lambda: self._dispatcher.abandon(Unavailable("The server is shutting down")))
+        # first this, so that nothing is admitted behind the last call
         self._closing = True
-        self._router.wake()
+        self._post(lambda: self._dispatcher.abandon(Unavailable("The server is shutting down")))
         self._thread.join()
 
     # the thread
 
-    def _post(self, call: Callable[[], None]) -> None:
+    def _post(self, call: Callable[[], None]) -> bool:
+        """Have the thread do it; False, and not done, once the thread has ended every request."""
         with self._lock:
+            if self._ended:
+                return False
             self._calls.append(call)
         self._router.wake()
+        return True
 
     def _call(self, function: Callable[[], T]) -> T:
         if self._closing:
@@ -143,29 +151,38 @@ class Pipeline:
         def run() -> None:
             try:
                 answer.set_result(function())
-            except MMServeError as error:
+            except Exception as error:  # the caller's to handle; this thread goes on
                 answer.set_exception(error)
 
-        self._post(run)
+        if not self._post(run):
+            raise Unavailable("The server is shutting down")
         return answer.result(timeout=30)
 
     def _run(self) -> None:
         next_tick = 0.0
         while True:
-            closing = self._closing
             for worker, frame in self._router.poll(POLL_S):
-                self._receive(worker.decode("ascii", "replace"), frame)
+                self._guard(partial(self._receive, worker.decode("ascii", "replace"), frame))
             with self._lock:
                 calls, self._calls = self._calls, []
             for call in calls:
-                call()
+                self._guard(call)
             if time.monotonic() >= next_tick:
-                self._dispatcher.tick()
+                self._guard(self._dispatcher.tick)
                 next_tick = time.monotonic() + POLL_S
             self._flush()
-            if closing and not calls:
+            with self._lock:
+                self._ended = self._closing and not self._calls and not calls
+            if self._ended:
                 break
         self._router.close()
+
+    def _guard(self, call: Callable[[], object]) -> None:
+        """One bad frame, call or listener must not end the thread that every request waits for."""
+        try:
+            call()
+        except Exception:
+            logger.exception("the pipeline goes on after an unexpected error")
 
     def _receive(self, worker: str, frame: bytes) -> None:
         try:
@@ -175,22 +192,30 @@ class Pipeline:
             return
         self._dispatcher.handle(worker, upward)
 
+    def _send(self, worker: str, number: int, command: m.AnyCommand) -> None:
+        try:
+            frame = COMMANDS.encode(m.Downward(epoch=self._dispatcher.epoch, number=number, command=command))
+        except WireError:
+            if isinstance(command, m.EncodeMedia | m.PrefillPrompt | m.DecodeFrom):
+                error = TooLarge("Expected a shorter prompt, but it does not fit into one message")
+                self._dispatcher.fail(command.request_id, error)
+            return
+        # a peer that is gone is not an error: its death is reported by the supervisor
+        self._router.send(worker.encode(), frame)
+
     def _flush(self) -> None:
         dispatcher = self._dispatcher
         while dispatcher.outbox:
-            worker, number, command = dispatcher.outbox.popleft()
-            frame = COMMANDS.encode(m.Downward(epoch=dispatcher.epoch, number=number, command=command))
-            # a peer that is gone is not an error: its death is reported by the supervisor
-            self._router.send(worker.encode(), frame)
+            self._guard(partial(self._send, *dispatcher.outbox.popleft()))
         while dispatcher.orphaned:
-            unlink_lease(dispatcher.orphaned.popleft(), self._directories)
+            self._guard(partial(unlink_lease, dispatcher.orphaned.popleft(), self._directories))
         while dispatcher.updates:
             update = dispatcher.updates.popleft()
             listener = self._listeners.get(update.request_id)
             if update.is_final:
                 self._listeners.pop(update.request_id, None)
             if listener is not None:
-                listener(update)
+                self._guard(partial(listener, update))
         roles = frozenset(dispatcher.ready_roles())
         if roles != self._roles:
             with self._ready:

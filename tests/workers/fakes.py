@@ -1,0 +1,183 @@
+"""A language handler on a tiny random decoder in this process, and a reporter that remembers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from mmserve import messages as m
+from mmserve.engine.runner import Runner
+from mmserve.kv.store import PageStore
+from mmserve.kv.table import PageTable
+from mmserve.models.decoder import DecoderConfig, TextDecoder
+from mmserve.request import Methods
+from mmserve.sampling import SamplingParams
+from mmserve.transfer import LeaseStore
+from mmserve.workers.language import LanguageHandler
+from mmserve.workers.loop import Handler
+
+VOCAB, WIDTH, IMAGE, VIDEO, EOS = 60, 16, 50, 51, 52
+BOTH = (m.Role.PREFILL, m.Role.DECODE)
+E = TypeVar("E", bound=m.AnyEvent)
+
+
+def tiny_decoder(seed: int = 0) -> TextDecoder:
+    torch.manual_seed(seed)
+    config = DecoderConfig(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        intermediate_size=24,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_dim=8,
+        rms_norm_eps=1e-6,
+        rope_theta=1e4,
+        tied=False,
+        qkv_bias=True,
+        o_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+    )
+    decoder = TextDecoder(config).eval()
+    for parameter in decoder.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return decoder
+
+
+@dataclass
+class FakeReporter:
+    """What the worker's loop would send, with the credits that would go along."""
+
+    events: list[m.AnyEvent] = field(default_factory=list)
+    credits: list[m.Credits] = field(default_factory=list)
+    announced: list[tuple[str, ...]] = field(default_factory=list)
+    handler: Handler | None = None
+
+    def emit(self, event: m.AnyEvent) -> None:
+        self.events.append(event)
+        if self.handler is not None:
+            self.credits.append(self.handler.credits())
+
+    def announce(self, requests: tuple[str, ...], bound_s: float) -> None:
+        assert bound_s > 0
+        self.announced.append(requests)
+
+    def of(self, kind: type[E]) -> list[E]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+
+class Engine:
+    """One language worker without its process, loop and socket."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        pages: int = 400,
+        page_size: int = 4,
+        roles: tuple[m.Role, ...] = BOTH,
+        decoder: TextDecoder | None = None,
+    ) -> None:
+        self.leases = LeaseStore([directory])
+        self.reporter = FakeReporter()
+        self.table = PageTable(2, 2, pages, page_size)
+        self.runner = Runner(
+            decoder or tiny_decoder(), self.table, PageStore(pages, page_size, 8), torch.device("cpu")
+        )
+        self.handler = LanguageHandler(
+            runner=self.runner,
+            roles=roles,
+            media_tokens=(IMAGE, VIDEO),
+            eos_tokens=(EOS,),
+            leases=self.leases,
+            lease_directories=[directory],
+            reporter=self.reporter,
+        )
+        self.reporter.handler = self.handler
+        self.sampling: dict[str, SamplingParams] = {}
+        self.forced: dict[str, tuple[int, ...]] = {}
+
+    def run(self, limit: int = 500) -> None:
+        for _ in range(limit):
+            if not self.handler.step():
+                return
+        raise AssertionError("still busy")
+
+    def finish(self) -> None:
+        """Run everything, playing the dispatcher: what was prefilled here is decoded here."""
+        seen = 0
+        self.run()
+        while seen < len(self.reporter.events):
+            event = self.reporter.events[seen]
+            seen += 1
+            if isinstance(event, m.PromptPrefilled) and (event.first is None or event.first.finish is None):
+                self.handler.handle(self.continuation(event))
+            self.run()
+
+    def continuation(self, event: m.PromptPrefilled) -> m.DecodeFrom:
+        tokens = self.forced.get(event.request_id, ())
+        if event.first is not None:
+            tokens = (event.first.token_id,)
+        return m.DecodeFrom(
+            request_id=event.request_id,
+            attempt=event.attempt,
+            tokens=tokens,
+            sampling=self.sampling[event.request_id],
+            next_order=event.next_order,
+            next_position=event.next_position,
+            lease=event.lease,
+        )
+
+    def prefill(
+        self,
+        name: str,
+        token_ids: tuple[int, ...],
+        items: tuple[m.EncodedItem, ...] = (),
+        *,
+        sampling: SamplingParams | None = None,
+        methods: Methods | None = None,
+        forced: tuple[int, ...] = (),
+        hand_off: bool = False,
+    ) -> m.PrefillPrompt:
+        """Hand over a prompt; returns the command."""
+        command = m.PrefillPrompt(
+            request_id=name,
+            attempt=0,
+            token_ids=token_ids,
+            items=items,
+            sampling=sampling or SamplingParams(max_tokens=5, ignore_eos=True),
+            methods=methods or Methods(),
+            forced=forced,
+            hand_off=hand_off,
+        )
+        self.sampling[name], self.forced[name] = command.sampling, forced
+        self.handler.handle(command)
+        return command
+
+    def item(self, tokens: int, kept: list[int] | None = None, seed: int = 0) -> m.EncodedItem:
+        """A published media item of so many tokens."""
+        rows = list(range(tokens)) if kept is None else kept
+        generator = np.random.default_rng(seed)
+        arrays = {
+            "embeddings": generator.standard_normal((len(rows), WIDTH)).astype(np.float32),
+            "source": np.array(rows, np.int32),
+        }
+        lease = self.leases.publish(arrays, ttl_s=60)
+        return m.EncodedItem(lease=lease, tokens=tokens, kept=len(rows))
+
+    def answer(self, name: str) -> list[int]:
+        """Generated tokens of a request in order, each once."""
+        found = {}
+        firsts = [event.first for event in self.reporter.of(m.PromptPrefilled) if event.first is not None]
+        decoded = [token for event in self.reporter.of(m.TokensDecoded) for token in event.tokens]
+        for token in (*firsts, *decoded):
+            if token.request_id == name:
+                assert token.seq not in found, "a token came twice"
+                found[token.seq] = token.token_id
+        return [found[seq] for seq in sorted(found)]

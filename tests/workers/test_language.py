@@ -1,0 +1,367 @@
+"""The language handler on a tiny random model: chunks, hand-off, cancels, errors, credits; no page is lost."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmserve import messages as m
+from mmserve.attention.paged import PagedAttention, SequenceRows
+from mmserve.engine.plan import Plan
+from mmserve.engine.runner import DecodeRow
+from mmserve.kv.store import PageStore
+from mmserve.kv.table import PageTable
+from mmserve.request import FinishReason, Methods
+from mmserve.sampling import SamplingParams
+from mmserve.transfer import LeaseStore
+from mmserve.workers import language
+from tests.workers.fakes import BOTH, EOS, IMAGE, VIDEO, Engine, tiny_decoder
+
+LONG = SamplingParams(max_tokens=8, ignore_eos=True)
+MIXED = (1, 2, VIDEO, 3, IMAGE, 4, 5)
+
+
+def mixed(engine: Engine) -> tuple[m.EncodedItem, ...]:
+    return engine.item(9, [0, 2, 3, 8], seed=1), engine.item(5, seed=2)
+
+
+def dense_answer(token_ids: tuple[int, ...], count: int) -> list[int]:
+    """Greedy tokens by running the whole text anew for each, in one pass."""
+    ids = list(token_ids)
+    for _ in range(count):
+        decoder, table, store = tiny_decoder(), PageTable(2, 2, 200, 4), PageStore(200, 4, 8)
+        order = torch.arange(len(ids), dtype=torch.int32)
+        table.append("s", order.numpy(), order.numpy())
+        attention = PagedAttention(table, store, [SequenceRows("s", 0, len(ids))])
+        with torch.inference_mode():
+            hidden = decoder(decoder.embed(torch.tensor(ids)), order, attention.attend)
+            ids.append(int(decoder.logits(hidden[-1:]).argmax()))
+    return ids[len(token_ids) :]
+
+
+def test_an_answer_equals_the_whole_text_run_anew_for_each_token(tmp_path: Path) -> None:
+    engine = Engine(tmp_path)
+    prompt = (5, 6, 7, 8, 9, 10)
+    engine.prefill("r", prompt, sampling=LONG)
+    engine.finish()
+    assert engine.answer("r") == dense_answer(prompt, 8)
+    last = engine.reporter.of(m.TokensDecoded)[-1].tokens[-1]
+    assert last.finish is FinishReason.LENGTH
+    assert engine.table.used_pages == 0
+
+
+@pytest.mark.parametrize("kv", ["none", "snapkv", "random"])
+@pytest.mark.parametrize("budget", [1, 3, 7])
+def test_a_prompt_in_chunks_equals_a_prompt_in_one_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kv: str, budget: int
+) -> None:
+    answers, events = [], []
+    for rows in (2048, budget):
+        monkeypatch.setattr(language, "TOKEN_BUDGET", rows)
+        engine = Engine(tmp_path)
+        methods = Methods(kv=kv, kv_budget=0.5)
+        engine.prefill("a", MIXED, mixed(engine), sampling=LONG, methods=methods)
+        engine.prefill("b", (9, 8, 7), sampling=LONG)
+        engine.finish()
+        assert engine.table.used_pages == 0
+        answers.append((engine.answer("a"), engine.answer("b")))
+        events.append([e for e in engine.reporter.of(m.PromptPrefilled) if e.request_id == "a"][0])
+    assert answers[0] == answers[1]
+    whole, chunked = events
+    assert (whole.slots, whole.kv_bytes, whole.next_order, whole.next_position) == (
+        chunked.slots,
+        chunked.kv_bytes,
+        chunked.next_order,
+        chunked.next_position,
+    )
+    # 5 words of text, 14 uncompressed visual tokens, 9 of them survive the encoder
+    assert (whole.next_order, whole.next_position) == (19, 14)
+    assert (whole.kv_bytes < whole.kv_bytes_uncompressed) == (kv != "none")
+
+
+@pytest.mark.parametrize("kv", ["none", "snapkv"])
+def test_prefill_here_and_decode_there_equals_one_worker(tmp_path: Path, kv: str) -> None:
+    methods = Methods(kv=kv, kv_budget=0.4)
+    together = Engine(tmp_path)
+    together.prefill("r", MIXED, mixed(together), sampling=LONG, methods=methods)
+    together.finish()
+    prefill, decode = Engine(tmp_path, roles=BOTH[:1]), Engine(tmp_path, roles=BOTH[1:])
+    prefill.prefill("r", MIXED, mixed(prefill), sampling=LONG, methods=methods, hand_off=True)
+    prefill.run()
+    (event,) = prefill.reporter.of(m.PromptPrefilled)
+    assert event.lease is not None
+    assert prefill.table.used_pages == 0, "a handed-off prompt stays"
+    decode.handler.handle(prefill.continuation(event))
+    decode.run()
+    assert prefill.answer("r") + decode.answer("r") == together.answer("r")
+    assert decode.table.used_pages == 0
+    leases = prefill.leases.num_held
+    prefill.handler.handle(m.ReleaseLease(lease_id=event.lease.lease_id))
+    assert prefill.leases.num_held == leases - 1
+
+
+def test_the_rest_of_an_answer_after_a_death_equals_the_undisturbed_one(tmp_path: Path) -> None:
+    undisturbed = Engine(tmp_path)
+    params = SamplingParams(max_tokens=8, temperature=1.0, seed=3, ignore_eos=True)
+    undisturbed.prefill("r", MIXED, mixed(undisturbed), sampling=params)
+    undisturbed.finish()
+    whole = undisturbed.answer("r")
+    for streamed in range(1, 8):
+        again = Engine(tmp_path)
+        again.prefill("r", MIXED, mixed(again), sampling=params, forced=tuple(whole[:streamed]))
+        again.finish()
+        assert again.answer("r") == whole[streamed:], "a forced token was reported, or changed the rest"
+        (event,) = again.reporter.of(m.PromptPrefilled)
+        assert event.first is None
+
+
+def test_answers_do_not_depend_on_who_else_runs(tmp_path: Path) -> None:
+    prompts = {f"r{i}": tuple(range(1, 3 + 4 * i)) for i in range(5)}
+    params = SamplingParams(max_tokens=6, temperature=1.0, seed=1, ignore_eos=True)
+    crowd = Engine(tmp_path)
+    for name, prompt in prompts.items():
+        crowd.prefill(name, prompt, sampling=params)
+    crowd.finish()
+    for name, prompt in prompts.items():
+        alone = Engine(tmp_path)
+        alone.prefill(name, prompt, sampling=params)
+        alone.finish()
+        assert alone.answer(name) == crowd.answer(name)
+
+
+def test_an_end_of_sequence_ends_the_answer_unless_it_is_ignored(tmp_path: Path) -> None:
+    decoder = tiny_decoder()
+    with torch.no_grad():
+        assert decoder.lm_head is not None
+        decoder.lm_head.weight.zero_()
+        decoder.lm_head.weight[EOS] = torch.randn(16)
+    for ignore in (False, True):
+        engine = Engine(tmp_path, decoder=decoder)
+        # whichever sign the score of EOS has, some prompt begins with it
+        for word in range(20):
+            engine.prefill(f"r{word}", (word,), sampling=SamplingParams(max_tokens=3, ignore_eos=ignore))
+        engine.finish()
+        firsts = [event.first for event in engine.reporter.of(m.PromptPrefilled)]
+        stopped = [first for first in firsts if first is not None and first.finish is FinishReason.STOP]
+        assert bool(stopped) == (not ignore)
+        assert engine.table.used_pages == 0
+
+
+@pytest.mark.parametrize("steps", range(9))
+@pytest.mark.parametrize("hand_off", [False, True])
+def test_cancel_in_every_state_frees_all_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, hand_off: bool
+) -> None:
+    monkeypatch.setattr(language, "TOKEN_BUDGET", 4)
+    engine = Engine(tmp_path)
+    idle = engine.handler.credits()
+    engine.prefill("gone", MIXED, mixed(engine), methods=Methods(kv="snapkv"), hand_off=hand_off)
+    for _ in range(steps):
+        engine.handler.step()
+        for event in engine.reporter.of(m.PromptPrefilled):
+            engine.handler.handle(engine.continuation(event))
+        engine.reporter.events.clear()
+    for name in ("gone", "gone", "unknown"):
+        engine.handler.handle(m.CancelRequest(request_id=name))
+    assert engine.table.used_pages == 0
+    assert engine.handler.credits() == idle == engine.handler.capacity
+    engine.run()
+    assert not engine.reporter.events
+    engine.prefill("next", (1, 2, 3))
+    engine.finish()
+    assert len(engine.answer("next")) == 5
+    engine.table.check()
+
+
+# errors
+
+
+def gone(engine: Engine) -> m.EncodedItem:
+    item = engine.item(3)
+    engine.leases.release(item.lease.lease_id)
+    return item
+
+
+def wide(engine: Engine) -> m.EncodedItem:
+    item = engine.item(3)
+    return m.EncodedItem(lease=item.lease, tokens=2, kept=3)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "make", "methods", "code"),
+    [
+        ((1, VIDEO), gone, Methods(), "wire_error"),
+        ((1, VIDEO), wide, Methods(), "wire_error"),
+        ((1, 2), wide, Methods(), "bad_request"),
+        ((), None, Methods(), "bad_request"),
+        ((1, 10**6), None, Methods(), "internal_error"),
+        ((1, 2), None, Methods(kv="nothing_like_it"), "bad_request"),
+    ],
+)
+def test_what_cannot_run_is_answered_and_the_handler_goes_on(
+    tmp_path: Path,
+    prompt: tuple[int, ...],
+    make: object,
+    methods: Methods,
+    code: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine = Engine(tmp_path)
+    items = (make(engine),) if callable(make) else ()
+    engine.prefill("bad", prompt, items, methods=methods)
+    engine.prefill("good", (1, 2, 3))
+    engine.finish()
+    (failure,) = engine.reporter.of(m.RequestFailed)
+    assert (failure.request_id, failure.code) == ("bad", code)
+    assert "Traceback" not in failure.public_message
+    assert len(engine.answer("good")) == 5
+    assert engine.table.used_pages == 0
+    assert engine.handler.credits() == engine.handler.capacity
+    assert bool(caplog.records) == (code == "internal_error")
+
+
+def test_a_decode_without_its_prompt_is_answered(tmp_path: Path) -> None:
+    engine = Engine(tmp_path)
+    command = m.DecodeFrom(
+        request_id="r", attempt=2, tokens=(1,), sampling=LONG, next_order=3, next_position=3
+    )
+    engine.handler.handle(command)
+    engine.run()
+    (failure,) = engine.reporter.of(m.RequestFailed)
+    assert (failure.attempt, failure.code) == (2, "bad_request")
+
+
+def test_a_step_that_fails_is_answered_for_everyone_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = Engine(tmp_path)
+    engine.prefill("a", (1, 2, 3))
+    engine.prefill("b", (4, 5, 6))
+
+    def fail(plan: Plan, decodes: dict[str, DecodeRow]) -> dict[str, torch.Tensor]:
+        for chunk in plan.chunks:
+            prompt = engine.runner.prompts[chunk.sequence]
+            engine.table.append(chunk.sequence, prompt.order, prompt.position)
+        raise RuntimeError("a kernel fell over at 0x7f00")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "run", fail)
+        engine.run()
+    assert {event.request_id for event in engine.reporter.of(m.RequestFailed)} == {"a", "b"}
+    assert "0x7f" not in engine.reporter.of(m.RequestFailed)[0].public_message
+    assert engine.table.used_pages == 0
+    assert len(caplog.records) == 2
+    engine.prefill("c", (1, 2, 3))
+    engine.finish()
+    assert len(engine.answer("c")) == 5
+
+
+def test_scores_that_are_not_numbers_fail_one_request_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = Engine(tmp_path)
+    item = engine.leases.publish(
+        {"embeddings": torch.full((1, 16), math.nan).numpy(), "source": torch.zeros(1).int().numpy()}, ttl_s=9
+    )
+    sampled = SamplingParams(max_tokens=3, temperature=1.0, seed=1)
+    engine.prefill("nan", (1, IMAGE), (m.EncodedItem(lease=item, tokens=1, kept=1),), sampling=sampled)
+    engine.prefill("good", (1, 2, 3))
+    engine.finish()
+    assert [event.request_id for event in engine.reporter.of(m.RequestFailed)] == ["nan"]
+    assert len(engine.answer("good")) == 5
+    assert engine.table.used_pages == 0
+    assert len(caplog.records) == 1
+
+
+def test_a_full_transfer_directory_fails_one_request_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = Engine(tmp_path)
+
+    def publish(*_: object, **__: object) -> m.Lease:
+        raise OSError(28, "No space left on device")
+
+    engine.prefill("r", (1, 2, 3), hand_off=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(LeaseStore, "publish", publish)
+        engine.run()
+    assert [event.request_id for event in engine.reporter.of(m.RequestFailed)] == ["r"]
+    assert engine.table.used_pages == 0
+    assert caplog.records
+
+
+# credits
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    pages=st.integers(4, 120),
+    jobs=st.lists(
+        st.tuples(st.integers(1, 40), st.integers(1, 12), st.sampled_from(["none", "random"]), st.booleans()),
+        min_size=1,
+        max_size=12,
+    ),
+    rng=st.randoms(use_true_random=False),
+)
+def test_who_spends_no_more_than_the_credits_never_runs_out_of_pages(
+    tmp_path_factory: pytest.TempPathFactory,
+    pages: int,
+    jobs: list[tuple[int, int, str, bool]],
+    rng: st.random.Random,  # type: ignore[name-defined]  # hypothesis' own Random
+) -> None:
+    engine = Engine(tmp_path_factory.mktemp("engine"), pages=pages)
+    waiting = [
+        (f"r{i}", (IMAGE, *[1] * rows), SamplingParams(max_tokens=tokens, ignore_eos=True), kv, ended)
+        for i, (rows, tokens, kv, ended) in enumerate(jobs)
+    ]
+    capacity = engine.handler.capacity
+    waiting = [job for job in waiting if len(job[1]) + 1 + job[2].max_tokens <= capacity.slots]
+    expected = {job[0] for job in waiting}
+    item = engine.item(2)
+    seen, cancelled = 0, set()
+    for _ in range(2000):
+        # as the dispatcher counts: absolute credits less what was sent since
+        credits = engine.handler.credits()
+        places, slots = credits.requests, credits.slots
+        while waiting and places > 0 and (cost := len(waiting[0][1]) + 1 + waiting[0][2].max_tokens) <= slots:
+            name, prompt, sampling, kv, _ = waiting.pop(0)
+            engine.prefill(name, prompt, (item,), sampling=sampling, methods=Methods(kv=kv, kv_budget=0.5))
+            places, slots = places - 1, slots - cost
+        for _ in range(rng.randint(1, 3)):
+            engine.handler.step()
+        for event in engine.reporter.events[seen:]:
+            if isinstance(event, m.PromptPrefilled) and (event.first is None or not event.first.finish):
+                if rng.random() < 0.1:
+                    cancelled.add(event.request_id)
+                    engine.handler.handle(m.CancelRequest(request_id=event.request_id))
+                else:
+                    engine.handler.handle(engine.continuation(event))
+            seen += 1
+        if not waiting and not engine.handler.step() and seen == len(engine.reporter.events):
+            break
+    assert not engine.reporter.of(m.RequestFailed)
+    for name in expected - cancelled:
+        assert len(engine.answer(name)) == engine.sampling[name].max_tokens
+    assert engine.table.used_pages == 0
+    assert engine.handler.credits() == capacity
+    assert all(credits.slots <= capacity.slots for credits in engine.reporter.credits)
+
+
+def test_credits_hold_back_what_a_prompt_in_the_queue_will_take(tmp_path: Path) -> None:
+    engine = Engine(tmp_path)
+    idle = engine.handler.credits()
+    engine.prefill("bad", (1, VIDEO))
+    engine.prefill("waits", (1,) * 40, sampling=LONG)
+    waiting = engine.handler.credits()
+    assert waiting.slots <= idle.slots - 48
+    engine.handler.step()
+    # the failure of the first was sent while the second had not begun
+    assert isinstance(engine.reporter.events[0], m.RequestFailed)
+    assert engine.reporter.credits[0].slots <= idle.slots - 48
+    # prefilled, its decode not yet asked for: the answer's pages are still its own
+    assert engine.handler.credits().slots <= idle.slots - 48

@@ -138,6 +138,8 @@ async def answer_until_stopped(
     url = _url(listener)
     page = await _start_demo(url, config) if api.demo else None
     logger.info("listening", extra={"ready": True, "url": url})
+    if page is not None:
+        logger.info("demo page", extra={"url": f"http://127.0.0.1:{DEMO_PORT}"})
     await serve(make_server(app, limits), app.state.door, listener)
     if page is not None and page.returncode is None:
         page.terminate()

@@ -248,6 +248,7 @@ class LanguageHandler:
         token = self._sample(command, logits, len(decode.tokens), command.sampling)
         decode.tokens.append(token.token_id)
         if token.finish is not None:
+            del self._queues.decodes[name]
             self._release(name)
         return token
 

@@ -89,10 +89,8 @@ class Limits:
     max_messages: int = 256
     max_parts: int = 64  # content parts of one message
     max_images: int = 16  # in one request
-    max_n: int = 8
     max_tokens: int = 4096  # generated per answer
     max_stop: int = 16
-    max_ws_message_bytes: int = 4 * MiB
     # fetching media
     max_image_bytes: int = 20_000_000
     max_image_fetch_s: float = 5.0
@@ -112,7 +110,7 @@ class Limits:
     job_deadline_s: float = 60.0  # wall time of one decode job
     # admission
     max_running: int = 64  # requests
-    max_queued: int = 16  # beyond those; the next one is told to come back later
+    max_queued: int = 16  # admitted beyond those; the next one is told to come back later
 
     def __post_init__(self) -> None:
         _settle(self, "limits")

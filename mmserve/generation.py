@@ -35,6 +35,7 @@ class Generation:
         self._deliver = deliver
         self._detokenizer = Detokenizer(chat)
         self._text = ""
+        self._num_tokens = 0
         self.request_id = pipeline.admit(self._on_update)
 
     def start(self, prompt: Prompt, fetch_ms: float = 0.0) -> None:
@@ -49,7 +50,10 @@ class Generation:
         self._pipeline.cancel(self.request_id)
 
     def _on_update(self, update: Update) -> None:
-        sampled = [self._spelled(token) for token in update.tokens]
+        # what was generated after the stop string, until the workers heard of it, is not part of the answer
+        kept = () if self._detokenizer.stopped else update.tokens
+        sampled = [self._spelled(token) for token in kept]
+        self._num_tokens += len(sampled)
         text = (
             "" if self._detokenizer.stopped else self._detokenizer.add([token.token_id for token in sampled])
         )
@@ -75,18 +79,20 @@ class Generation:
             counts = []
         else:
             counts = [item.encoded.tokens for item in record.items if item.encoded]
-        logprobs = tuple(t.logprobs for t in map(self._spelled, record.tokens) if t.logprobs is not None)
+        tokens = record.tokens[: self._num_tokens]
+        logprobs = tuple(t.logprobs for t in map(self._spelled, tokens) if t.logprobs is not None)
+        usage = record.usage() if record.prompt else Usage()
         return Completion(
             request_id=record.request_id,
             text=self._text,
-            token_ids=tuple(token.token_id for token in record.tokens),
+            token_ids=tuple(token.token_id for token in tokens),
             finish_reason=self._finish_reason(record),
             prompt_token_ids=expand_tokens(
                 prompt.token_ids, counts, (self._chat.image_token, self._chat.video_token)
             )
             if counts or not prompt.media
             else prompt.token_ids,
-            usage=record.usage() if record.prompt else Usage(),
+            usage=msgspec.structs.replace(usage, completion_tokens=len(tokens)),
             timings_ms=record.timings(),
             media=tuple(item.report for item in record.items if item.report),
             methods=prompt.methods,

@@ -48,6 +48,7 @@ from mmserve.workers.pipeline import Pipeline
 from mmserve.workers.supervisor import Supervisor, worker_configs
 
 START_TIMEOUT_S = 600.0
+NO_DEADLINE_S = 1e9  # offline work takes what it takes
 MAX_IN_FLIGHT = 64  # conversations of one `chat` call that run at the same time
 
 Messages = Sequence[Mapping[str, Any]]
@@ -91,7 +92,7 @@ class LLM:
         attention: str = "dense",
         kv: str = "none",
         kv_budget: float | None = None,
-        kv_dtype: Dtype = "auto",
+        kv_dtype: str = "auto",
         dtype: Dtype = "auto",
         epd: tuple[int, int, int] | None = None,
         kv_memory: int | None = None,
@@ -126,7 +127,7 @@ class LLM:
         self._fetcher = Fetcher(directory=self._run_dir.path)
         endpoint = ipc_endpoint(self._run_dir.path)
         self._pipeline = Pipeline(
-            endpoint, self._run_dir.directories, max_active=2**20, deadline_s=config.deadline_s
+            endpoint, self._run_dir.directories, max_active=2**20, deadline_s=NO_DEADLINE_S
         )
         configs = worker_configs(config, endpoint, [str(d) for d in self._run_dir.directories])
         self._thread = threading.Thread(
@@ -231,20 +232,27 @@ class LLM:
         conversation = parse(messages, options=options or self.options, on_this_host=True)
         if sampling_params.seed is None and self._seed is not None:
             sampling_params = msgspec.structs.replace(sampling_params, seed=self._seed)
-        token_ids = self.chat_format.encode(conversation.messages)
+        token_ids = tuple(self.chat_format.encode(conversation.messages))
+        held: list[MediaRef] = []
+
+        def release_and_deliver(news: Chunk | Completion | MMServeError) -> None:
+            if not isinstance(news, Chunk):
+                for ref in held:
+                    self._fetcher.release(ref)
+            deliver(news)
+
+        generation = Generation(self._pipeline, self.chat_format, release_and_deliver)
         started_at = time.perf_counter()
-        media = tuple(self._resolve(part) for part in conversation.media)
+        try:
+            for part in conversation.media:
+                held.append(self._resolve(part))
+        except MMServeError as error:
+            generation.fail(error)
+            return generation
         fetch_ms = (time.perf_counter() - started_at) * 1e3
-        generation = Generation(self._pipeline, self.chat_format, deliver)
-        generation.start(
-            Prompt(
-                token_ids=tuple(token_ids),
-                media=media,
-                sampling=sampling_params,
-                methods=methods or self.methods,
-            ),
-            fetch_ms,
-        )
+        chosen = methods or self.methods
+        prompt = Prompt(token_ids=token_ids, media=tuple(held), sampling=sampling_params, methods=chosen)
+        generation.start(prompt, fetch_ms)
         return generation
 
     def _resolve(self, part: MediaPart) -> MediaRef:

@@ -24,6 +24,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        msgspec.structs.force_setattr(self, "stop", stop)
+        if self.top_k == -1:  # vLLM's other name for all
+            msgspec.structs.force_setattr(self, "top_k", 0)
+        self._check_types()
         checks = (
             (1 <= self.max_tokens <= 65536, "max_tokens", "1 to 65536", self.max_tokens),
             (0 <= self.temperature <= 10, "temperature", "0 to 10", self.temperature),
@@ -36,6 +41,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         for holds, name, expected, found in checks:
             if not holds:
                 raise BadRequest(f"Expected {name} of {expected}, but got {found}")
+
+    def _check_types(self) -> None:
+        """What is wrong here would be refused by the worker's decoder, too late to be answered."""
+        whole = ("max_tokens", "top_k", "seed", "logprobs")
+        for name in (*whole, "temperature", "top_p"):
+            value = getattr(self, name)
+            if name in ("seed", "logprobs") and value is None:
+                continue
+            kinds = (int,) if name in whole else (int, float)
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                expected = "a whole number" if name in whole else "a number"
+                raise BadRequest(f"Expected {name} as {expected}, but got {type(value).__name__}")
+        if not all(isinstance(text, str) for text in self.stop):
+            raise BadRequest("Expected stop as text or a list of texts, but got something else")
 
 
 class Logprob(msgspec.Struct, frozen=True):

@@ -11,7 +11,8 @@ import time
 from types import FrameType
 
 from mmserve.config import ServeConfig, to_mapping
-from mmserve.errors import ConfigError
+from mmserve.errors import BadRequest, ConfigError
+from mmserve.methods import choose_methods
 from mmserve.models.resolve import resolve
 from mmserve.queues import ipc_endpoint
 from mmserve.rundir import RunDir
@@ -46,6 +47,10 @@ def serve(config: ServeConfig, *, demo: bool = False) -> int:
     """Serve until a signal; 0 after a drain that was asked for, 1 when a part could not be kept alive."""
     if demo and not (DEMO_HOME / "demo" / "page.py").is_file():
         raise ConfigError("Expected the demo page beside the package, but it is only in a source checkout")
+    try:
+        choose_methods(config.methods)
+    except BadRequest as error:
+        raise ConfigError(error.public_message) from error
     stop = _Stop()
     model_dir = resolve(config.model)
     with RunDir() as run_dir:

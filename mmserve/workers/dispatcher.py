@@ -64,6 +64,7 @@ class Dispatcher:
         self.orphaned: deque[m.Lease] = deque()  # leases whose owner is gone: the shell unlinks them
         self.counts: dict[str, int] = {}  # events by reason, for /metrics
         self.lease_owner: dict[str, str] = {}
+        self.ticked_at = clock()
 
     # calls from the front door
 
@@ -119,6 +120,11 @@ class Dispatcher:
     def tick(self) -> None:
         """Deadlines and hung workers; call a few times a second."""
         now = self.clock()
+        if now - self.ticked_at > HEARTBEAT_S * LIVENESS:
+            # this process itself was suspended: nobody could be heard meanwhile
+            for worker in self.workers.values():
+                worker.last_heard_at = now
+        self.ticked_at = now
         for record in [r for r in self.records.values() if now > r.deadline_at]:
             self.fail(
                 record.request_id, DeadlineExceeded(f"Expected an answer in time, but was {record.state}")
@@ -146,7 +152,16 @@ class Dispatcher:
         elif worker := self.workers.get(name):
             worker.heard(upward.credits, upward.seen, self.clock())
             self._handle(worker, event)
+        else:
+            self._discard(event)
         self.pump()
+
+    def _discard(self, event: m.AnyEvent) -> None:
+        """The last words of a dead worker: what it published has no owner any more."""
+        if isinstance(event, m.MediaEncoded):
+            self.orphaned.append(event.encoded.lease)
+        elif isinstance(event, m.PromptPrefilled) and event.lease is not None:
+            self.orphaned.append(event.lease)
 
     def _ready(self, name: str, event: m.WorkerReady, credits: m.Credits) -> None:
         self._count("workers_ready")

@@ -243,6 +243,8 @@ class EncodeHandler:
                 rows[i] = Entry(embeddings.clone(), saliency.clone())
                 self._cache.put(keys[i], rows[i])
             clock.lap("encode")
+            # a long video is many segments: each says that the worker is alive
+            self._reporter.emit(m.Heartbeat())
         if not rows:
             raise MediaError("Expected a video with frames that decode, but none of its frames did")
         ordered = [rows[i] for i in sorted(rows)]

@@ -5,8 +5,10 @@ The same handlers run on a thread of another process when stages are colocated (
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from mmserve.errors import ConfigError
 from mmserve.log import setup_logging
 from mmserve.media.limits import MediaLimits
 from mmserve.messages import Role
@@ -27,6 +30,10 @@ if TYPE_CHECKING:
     from mmserve.models.loader import Checkpoint
     from mmserve.transfer import LeaseStore
     from mmserve.workers.loop import Handler, Reporter
+
+
+logger = logging.getLogger(__name__)
+CANNOT_START = 3  # exit code: the configuration is wrong, whoever runs it
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -56,10 +63,11 @@ def run_worker(config: WorkerConfig, should_stop: Callable[[], bool]) -> None:
     with ExitStack() as stack:
         dealer = stack.enter_context(Dealer(config.endpoint, config.name.encode()))
         leases = stack.enter_context(LeaseStore(directories))
-        loop = WorkerLoop(dealer, weights_revision(checkpoint.path), os.getpid())
+        revision = weights_revision(checkpoint.path)
+        loop = WorkerLoop(dealer, revision, os.getpid())
         handlers: list[Handler] = []
         if Role.ENCODE in config.roles:
-            handlers.append(_encode_handler(config, checkpoint, leases, loop, stack))
+            handlers.append(_encode_handler(config, checkpoint, revision, leases, loop, stack))
         language = tuple(role for role in config.roles if role is not Role.ENCODE)
         if language:
             handlers.append(_language_handler(config, checkpoint, leases, loop, language))
@@ -68,13 +76,18 @@ def run_worker(config: WorkerConfig, should_stop: Callable[[], bool]) -> None:
 
 
 def _encode_handler(
-    config: WorkerConfig, checkpoint: Checkpoint, leases: LeaseStore, reporter: Reporter, stack: ExitStack
+    config: WorkerConfig,
+    checkpoint: Checkpoint,
+    revision: str,
+    leases: LeaseStore,
+    reporter: Reporter,
+    stack: ExitStack,
 ) -> Handler:
     from mmserve.encoders.cache import EmbeddingCache
     from mmserve.media.preprocess import Preprocessing
     from mmserve.media.sandbox import Sandbox
     from mmserve.models.layout.llava_onevision import Geometry
-    from mmserve.models.loader import load_vision, weights_revision
+    from mmserve.models.loader import load_vision
     from mmserve.workers.encode import EncodeHandler
 
     sandbox = Sandbox(Path(config.directories[0]), config.limits)
@@ -83,7 +96,7 @@ def _encode_handler(
         vision=load_vision(checkpoint),
         geometry=Geometry.from_config(checkpoint.config.to_dict()),
         preprocessing=Preprocessing.from_model_dir(checkpoint.path),
-        weights_revision=weights_revision(checkpoint.path),
+        weights_revision=revision,
         sandbox=sandbox,
         cache=EmbeddingCache(config.embedding_cache_bytes),
         leases=leases,
@@ -153,7 +166,12 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(config.threads)
-    run_worker(config, stop.is_set)
+    try:
+        run_worker(config, stop.is_set)
+    except ConfigError as error:
+        # starting again would end the same way
+        logger.error("worker %s cannot start: %s", config.name, error.public_message)
+        sys.exit(CANNOT_START)
 
 
 if __name__ == "__main__":

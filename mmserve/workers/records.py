@@ -135,6 +135,7 @@ class Worker:
     def heard(self, credits: Credits, seen: int, now: float) -> None:
         self.credits = credits
         self.last_heard_at = now
+        self.is_killed = False  # it was only slow, or there is nobody to kill it
         while self.unseen and self.unseen[0][0] <= seen:
             self.unseen.popleft()
 

@@ -7,6 +7,7 @@ model, no HTTP and no torch.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from mmserve.messages import Role
 from mmserve.queues import Dealer
 from mmserve.wire import Codec
 from mmserve.workers.dispatcher import SUPERVISOR
-from mmserve.workers.main import WorkerConfig
+from mmserve.workers.main import CANNOT_START, WorkerConfig
 from mmserve.workers.process import Backoff, Child, ProcessWatcher
 
 logger = logging.getLogger(__name__)
@@ -126,7 +127,10 @@ class Supervisor:
         )
         event = m.WorkerDied(worker=child.name, signal=child.exit_signal, by_supervisor=child.killed_by_us)
         dealer.send(EVENTS.encode(m.Upward(epoch="", seen=0, credits=m.Credits(requests=0), event=event)))
-        if pause_s is None:
+        if child.exit_code == CANNOT_START:
+            self._give_up(f"Worker {slot.config.name} cannot start; its log says why")
+            slot.start_at = math.inf
+        elif pause_s is None:
             self._give_up(f"Worker {slot.config.name} died too often to be started again")
         else:
             slot.start_at = time.monotonic() + pause_s

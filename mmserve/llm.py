@@ -249,6 +249,9 @@ class LLM:
         except MMServeError as error:
             generation.fail(error)
             return generation
+        except BaseException:
+            generation.cancel()  # nothing else would ever end it
+            raise
         fetch_ms = (time.perf_counter() - started_at) * 1e3
         chosen = methods or self.methods
         prompt = Prompt(token_ids=token_ids, media=tuple(held), sampling=sampling_params, methods=chosen)

@@ -45,7 +45,7 @@ TEXT = st.one_of(
     st.lists(FRAGMENTS, max_size=8).map("".join), st.text(st.characters(codec="utf-8"), max_size=20)
 )
 PART = st.one_of(
-    TEXT.map(lambda text: {"type": "text", "text": text}),
+    st.one_of(FRAGMENTS, TEXT).map(lambda text: {"type": "text", "text": text}),
     st.sampled_from([{"type": "image"}, {"type": "video"}]),
 )
 CONTENT = st.one_of(TEXT, st.lists(PART, min_size=1, max_size=6))
@@ -120,9 +120,18 @@ def test_text_that_spells_special_tokens_arrives_unchanged(text: str) -> None:
     assert spelled == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_a_special_token_spelled_across_two_parts_is_text() -> None:
-    parts = [{"type": "text", "text": "<ima"}, {"type": "text", "text": "ge>"}]
-    assert not MEDIA.intersection(CHAT.encode([{"role": "user", "content": parts}]))
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.sampled_from(CHAT.specials), st.sampled_from(["", "<", "red "]))
+def test_a_special_token_spelled_across_parts_is_text(data: st.DataObject, special: str, before: str) -> None:
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(special) - 1), min_size=1, max_size=3)))
+    ends = [*cuts, len(special)]
+    pieces = [special[start:end] for start, end in zip([0, *cuts], ends, strict=True)]
+    parts = [{"type": "text", "text": text} for text in (before, *pieces)]
+    ids = CHAT.encode([{"role": "user", "content": parts}])
+    assert not MEDIA.intersection(ids)
+    assert ids.count(ORACLE.convert_tokens_to_ids(special)) == {"<|im_start|>": 2, "<|im_end|>": 1}.get(
+        special, 0
+    )
 
 
 def variant(path: Path, template: str | None = None, **config: object) -> Path:
@@ -205,9 +214,9 @@ def test_a_directory_without_its_parts_is_a_config_error(tmp_path: Path) -> None
 
 
 def test_several_ends_of_sequence_are_all_known(tmp_path: Path) -> None:
-    text = json.loads((TINY / "config.json").read_text())["text_config"] | {"eos_token_id": [801, 799]}
-    assert ChatFormat.from_model_dir(variant(tmp_path, text_config=text)).eos_tokens == (801, 799)
-    assert CHAT.eos_tokens == (801,)
+    text = json.loads((TINY / "config.json").read_text())["text_config"] | {"eos_token_id": [8, 9]}
+    assert ChatFormat.from_model_dir(variant(tmp_path, text_config=text)).eos_tokens == (8, 9)
+    assert CHAT.eos_tokens == (ORACLE.eos_token_id,)
 
 
 # detokenizer

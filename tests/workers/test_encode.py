@@ -62,9 +62,11 @@ class FakeSandbox:
     def decode(self, ref: MediaRef, plan: MediaPlan, positions: Sequence[int]) -> Decoded:
         self.decoded.append(tuple(positions))
         good = tuple(i for i in positions if i not in self.broken)
-        frames = np.stack([np.full((SIDE, SIDE, 3), i, np.uint8) for i in good] or [np.zeros((0, 0, 3))])
+        frames = np.zeros((len(good), SIDE, SIDE, 3), np.uint8) + np.array(good, np.uint8).reshape(
+            -1, 1, 1, 1
+        )
         lost = tuple(i for i in positions if i in self.broken)
-        return Decoded(frames[: len(good)].astype(np.uint8), good, lost, 1.0)
+        return Decoded(frames, good, lost, 1.0)
 
 
 class FakeVision:

@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 
 # the demonstration behind `make run`; ends with `accuracy: RIGHT/TOTAL`
 RUN_FLAGS ?= demo/clips/questions.jsonl --epd 1,1,1 --table
-CHECKED := mmserve kernels tests demo
+CHECKED := mmserve kernels bench tests demo
 
 export HF_HUB_OFFLINE ?= 1
 export TRANSFORMERS_OFFLINE ?= 1

@@ -10,13 +10,21 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mmserve.config import ServeConfig
-    from mmserve.llm import LLM
+    from mmserve.llm import LLM, AsyncLLM
+    from mmserve.request import CompletionOutput, RequestOutput
     from mmserve.sampling import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "ServeConfig"]
+__all__ = ["LLM", "AsyncLLM", "CompletionOutput", "RequestOutput", "SamplingParams", "ServeConfig"]
 
-_HOMES = {"LLM": "mmserve.llm", "SamplingParams": "mmserve.sampling", "ServeConfig": "mmserve.config"}
+_HOMES = {
+    "LLM": "mmserve.llm",
+    "AsyncLLM": "mmserve.llm",
+    "CompletionOutput": "mmserve.request",
+    "RequestOutput": "mmserve.request",
+    "SamplingParams": "mmserve.sampling",
+    "ServeConfig": "mmserve.config",
+}
 
 
 def __getattr__(name: str) -> object:

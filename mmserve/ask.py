@@ -16,7 +16,7 @@ import typer
 
 from mmserve.batch.questions import is_url, media_part
 from mmserve.errors import BadRequest, MMServeError, NotFound
-from mmserve.request import Chunk, Completion
+from mmserve.request import Chunk, RequestOutput
 from mmserve.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def messages(sources: Sequence[str], question: str) -> list[Json]:
 
 def ask(llm: Submits, conversation: Sequence[Json], *, max_tokens: int, as_json: bool) -> None:
     """Print the answer as it comes and a line about it, or the whole document; raises the request's error."""
-    news: queue.SimpleQueue[Chunk | Completion | MMServeError] = queue.SimpleQueue()
+    news: queue.SimpleQueue[Chunk | RequestOutput | MMServeError] = queue.SimpleQueue()
     generation = llm.submit(conversation, SamplingParams(max_tokens=max_tokens), deliver=news.put)
     try:
         while isinstance(latest := news.get(), Chunk):
@@ -68,23 +68,24 @@ def ask(llm: Submits, conversation: Sequence[Json], *, max_tokens: int, as_json:
         typer.echo(summary(latest), err=True)
 
 
-def document(completion: Completion) -> Json:
+def document(done: RequestOutput) -> Json:
     """The JSON document of a finished request."""
+    (answer,) = done.outputs
     return {
-        "answer": completion.text,
-        "finish_reason": str(completion.finish_reason),
-        "usage": msgspec.to_builtins(completion.usage),
-        "media": [msgspec.to_builtins(media) for media in completion.media],
-        "timings_ms": msgspec.to_builtins(completion.timings_ms),
-        "methods": msgspec.to_builtins(completion.methods),
+        "answer": answer.text,
+        "finish_reason": str(answer.finish_reason),
+        "usage": msgspec.to_builtins(done.usage),
+        "media": [msgspec.to_builtins(media) for media in done.media],
+        "timings_ms": msgspec.to_builtins(done.timings_ms),
+        "methods": msgspec.to_builtins(done.methods),
     }
 
 
-def summary(completion: Completion) -> str:
+def summary(done: RequestOutput) -> str:
     """One line: what went in, what it became, and where the time went."""
-    usage, timings = completion.usage, completion.timings_ms
-    frames = sum(media.frames for media in completion.media)
-    lost = sum(media.lost_frames for media in completion.media)
+    usage, timings = done.usage, done.timings_ms
+    frames = sum(media.frames for media in done.media)
+    lost = sum(media.lost_frames for media in done.media)
     parts = [f"{frames} frame{'' if frames == 1 else 's'}" + (f" ({lost} lost)" if lost else "")]
     parts.append(f"{usage.visual_tokens} → {usage.visual_tokens_kept} visual tokens")
     parts.append(f"KV {usage.kv_bytes_uncompressed / 2**20:.1f} → {usage.kv_bytes / 2**20:.1f} MiB")

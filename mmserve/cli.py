@@ -13,17 +13,19 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Unpack
 
 import typer
 
 from mmserve import __version__
+from mmserve.bench.cli import app as bench
 from mmserve.errors import BadRequest, MMServeError
 from mmserve.log import setup_logging
 
 if TYPE_CHECKING:
     from mmserve.batch.answerers import Answerer
     from mmserve.llm import LLM
+    from mmserve.methods import MethodOptions
     from mmserve.request import MediaOptions, Methods
 
 T = TypeVar("T")
@@ -35,6 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(bench, name="bench")
 
 METHODS = "Methods"
 FRAMES = "Frames and answer"
@@ -119,7 +122,10 @@ def ask(
         raise typer.BadParameter('Expected files or URLs and then a "question"')
     from mmserve import ask as asking
 
-    methods, options = _methods(prune, keep, attention, kv, kv_budget, kv_dtype), _options(num_frames, fps)
+    methods = _methods(
+        prune=prune, keep=keep, attention=attention, kv=kv, kv_budget=kv_budget, kv_dtype=kv_dtype
+    )
+    options = _options(num_frames, fps)
     workers = _epd(epd)
     conversation = asking.messages(inputs[:-1], inputs[-1])
     with _llm(model, methods, options, workers) as llm:
@@ -166,7 +172,10 @@ def batch(
     from mmserve.batch.answerers import LocalAnswerer, ServerAnswerer, extensions
     from mmserve.batch.runner import parse_shard
 
-    methods, options = _methods(prune, keep, attention, kv, kv_budget, kv_dtype), _options(num_frames, fps)
+    methods = _methods(
+        prune=prune, keep=keep, attention=attention, kv=kv, kv_budget=kv_budget, kv_dtype=kv_dtype
+    )
+    options = _options(num_frames, fps)
     workers = _epd(epd)
     job = command.Job(
         questions=questions,
@@ -347,23 +356,11 @@ def _usage(check: Callable[[], T]) -> T:
         raise typer.BadParameter(error.public_message) from error
 
 
-def _methods(
-    prune: str, keep: float, attention: str, kv: str, kv_budget: float | None, kv_dtype: str
-) -> Methods:
+def _methods(**given: Unpack[MethodOptions]) -> Methods:
     from mmserve.config import MethodDefaults
     from mmserve.methods import choose_methods
 
-    return _usage(
-        lambda: choose_methods(
-            MethodDefaults(),
-            prune=prune,
-            keep=keep,
-            attention=attention,
-            kv=kv,
-            kv_budget=kv_budget,
-            kv_dtype=kv_dtype,
-        )
-    )
+    return _usage(lambda: choose_methods(MethodDefaults(), **given))
 
 
 def _options(num_frames: int | None, fps: float | None) -> MediaOptions:

@@ -129,11 +129,16 @@ class CacheSizes:
     """Memory of one worker for what it keeps."""
 
     embedding_cache_bytes: int = 256 * MiB
-    kv_memory_bytes: int = 1 * GiB
+    kv_memory_bytes: int | None = None  # None: 1 GiB on a CPU, what is left on a GPU
+    gpu_memory_utilization: float = 0.9  # share of a GPU's memory that a language worker may fill
 
     def __post_init__(self) -> None:
         _settle(self, "cache")
-        _require_positive("cache", self)
+        for name in ("embedding_cache_bytes", "kv_memory_bytes"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"cache.{name}", "more than 0", value)
+        share = self.gpu_memory_utilization
+        _require(0 < share <= 1, "cache.gpu_memory_utilization", "above 0, at most 1", share)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +152,8 @@ class ServeConfig:
     api_key: tuple[str, ...] | None = field(default=None, repr=False)  # any of these; None asks for none
     dtype: Dtype = "auto"
     threads: int | None = None  # per worker; None divides the cores among the workers
+    # prompt rows and decodes of one step of the language model; None: 512 on a CPU, 8192 on a GPU
+    max_num_batched_tokens: int | None = None
     deadline_s: float = 300.0  # a request that is not done by then fails
     methods: MethodDefaults = field(default_factory=MethodDefaults)
     media: MediaPolicy = field(default_factory=MediaPolicy)
@@ -162,6 +169,8 @@ class ServeConfig:
         empty = self.api_key is not None and (not self.api_key or not all(self.api_key))
         _require(not empty, "api_key", "one or more keys, none of them empty", "an empty key or list")
         _require(self.threads is None or self.threads >= 1, "threads", "1 or more", self.threads)
+        rows = self.max_num_batched_tokens
+        _require(rows is None or rows >= 1, "max_num_batched_tokens", "1 or more", rows)
         _require(self.deadline_s > 0, "deadline_s", "more than 0", self.deadline_s)
 
 

@@ -1,223 +1,90 @@
-"""`LLM`: the Python API. All stages in this process, or one process per stage with `epd`.
+"""`LLM` and `AsyncLLM`: the Python API. All stages in this process, or one process per stage with `epd`.
 
 Knows nothing about HTTP. Safe to use from scripts without a main guard and from notebooks.
 """
 
 from __future__ import annotations
 
-import os
-import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, wait
-from pathlib import Path
+import asyncio
+import contextlib
+import queue
+import weakref
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Self, Unpack
 
 import msgspec
-import numpy as np
 
 from mmserve.config import CacheSizes, Dtype, MethodDefaults, ServeConfig
-from mmserve.conversation import MediaPart, parse
-from mmserve.errors import BadRequest, MMServeError
+from mmserve.errors import BadRequest
 from mmserve.generation import Deliver, Generation
-from mmserve.media.arrays import save_frames
-from mmserve.media.fetch import Fetcher
-from mmserve.messages import Role
-from mmserve.methods import choose_methods
+from mmserve.methods import MethodOptions, choose_methods
 from mmserve.models.chat import ChatFormat
 from mmserve.models.resolve import resolve
-from mmserve.progress import progress_bar
-from mmserve.queues import ipc_endpoint
-from mmserve.request import (
-    Chunk,
-    Completion,
-    FinishReason,
-    MediaOptions,
-    MediaRef,
-    MediaReport,
-    Methods,
-    Prompt,
-    Timings,
-    Usage,
+from mmserve.offline.prompts import (
+    Inputs,
+    Messages,
+    PromptInput,
+    conversations,
+    prompts,
+    read_messages,
+    read_prompt,
 )
-from mmserve.rundir import RunDir
-from mmserve.sampling import Logprob, SamplingParams
-from mmserve.workers.main import WorkerConfig, run_worker
-from mmserve.workers.pipeline import Pipeline
-from mmserve.workers.supervisor import Supervisor, worker_configs
+from mmserve.offline.runtime import Request, Runtime
+from mmserve.offline.submission import Submission
+from mmserve.progress import progress_bar
+from mmserve.request import Chunk, MediaOptions, Methods, RequestOutput
+from mmserve.sampling import SamplingParams
 
-START_TIMEOUT_S = 600.0
-NO_DEADLINE_S = 1e9  # offline work takes what it takes
-MAX_IN_FLIGHT = 64  # conversations of one `chat` call that run at the same time
-
-Messages = Sequence[Mapping[str, Any]]
+Priority = int | Sequence[int]
+Sampling = SamplingParams | Sequence[SamplingParams] | None
 
 
-class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True):
-    """One generated answer, as in vLLM."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    logprobs: tuple[dict[int, Logprob], ...] | None = None
-
-
-class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
-    """The result of one conversation, as in vLLM, with what was sampled, counted and timed."""
-
-    request_id: str
-    outputs: tuple[CompletionOutput, ...]
-    prompt_token_ids: tuple[int, ...]
-    usage: Usage
-    timings_ms: Timings
-    media: tuple[MediaReport, ...]
-    methods: Methods
-
-
-class LLM:
-    """A running pipeline. Use it as a context manager, or call `close`.
-
-    `model` is "tiny", a local Hugging Face directory or a hub name. `epd` is the number of encode,
-    prefill and decode processes, None runs every stage on a thread of this process. `kv_memory` is
-    bytes of KV pages per language worker. Method names are those of the command line.
-    """
+class _Offline:
+    """A running pipeline, and what `LLM` and `AsyncLLM` ask of it."""
 
     def __init__(
         self,
         model: str = "tiny",
         *,
-        prune: str = "none",
-        keep: float = 1.0,
-        attention: str = "dense",
-        kv: str = "none",
-        kv_budget: float | None = None,
-        kv_dtype: str = "auto",
         dtype: Dtype = "auto",
         epd: tuple[int, int, int] | None = None,
         kv_memory: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+        max_num_batched_tokens: int | None = None,
         threads: int | None = None,
         num_frames: int | None = None,
         fps: float | None = None,
         seed: int | None = None,
+        **methods: Unpack[MethodOptions],
     ) -> None:
-        self.methods = choose_methods(
-            MethodDefaults(),
-            prune=prune,
-            keep=keep,
-            attention=attention,
-            kv=kv,
-            kv_budget=kv_budget,
-            kv_dtype=kv_dtype,
-        )
+        """`model` is "tiny", a local Hugging Face directory or a hub name.
+
+        `epd` is the number of encode, prefill and decode processes; None runs every stage on a thread
+        of this process. `kv_memory` is bytes of KV pages per language worker. `num_frames` or `fps`
+        samples videos. `methods` are the command line's: prune, keep, attention, kv, kv_budget, kv_dtype.
+        """
+        self.methods = choose_methods(MethodDefaults(), **methods)
         self.options = MediaOptions(num_frames=num_frames, fps=fps)
         self._seed = seed
-        path = resolve(model)
-        self.chat_format = ChatFormat.from_model_dir(path)
-        cache = CacheSizes() if kv_memory is None else CacheSizes(kv_memory_bytes=kv_memory)
         config = ServeConfig(
-            model=str(path),
+            model=str(resolve(model)),
             epd=epd or (1, 1, 1),
             dtype=dtype,
             threads=threads,
-            cache=cache,
+            max_num_batched_tokens=max_num_batched_tokens,
+            cache=CacheSizes(kv_memory_bytes=kv_memory, gpu_memory_utilization=gpu_memory_utilization),
         )
-        self._stopping = threading.Event()
-        self._run_dir = RunDir()
-        self._fetcher = Fetcher(directory=self._run_dir.path)
-        endpoint = ipc_endpoint(self._run_dir.path)
-        self._pipeline = Pipeline(
-            endpoint, self._run_dir.directories, max_active=2**20, deadline_s=NO_DEADLINE_S
-        )
-        configs = worker_configs(config, endpoint, [str(d) for d in self._run_dir.directories])
-        self._thread = threading.Thread(
-            target=self._run_here if epd is None else self._supervise,
-            args=(_colocated(configs, threads) if epd is None else configs,),
-            name="mmserve-workers",
-            daemon=True,
-        )
-        self._thread.start()
-        try:
-            self._pipeline.wait_ready(START_TIMEOUT_S)
-        except BaseException:
-            self.close()
-            raise
+        self._runtime = Runtime(config, in_process=epd is None)
+        # for who forgets to close; at the interpreter's end the runtime closes itself
+        weakref.finalize(self, self._runtime.close_elsewhere).atexit = False
 
-    def _run_here(self, configs: list[WorkerConfig]) -> None:
-        try:
-            # slow to import, and here only; threads are counted per calling thread
-            import torch
-
-            torch.set_num_threads(configs[0].threads)
-            run_worker(configs[0], self._stopping.is_set)
-        except Exception as error:  # reported to whoever waits for the pipeline
-            known = error if isinstance(error, MMServeError) else MMServeError(f"The worker failed: {error}")
-            self._pipeline.report_failure(known)
-
-    def _supervise(self, configs: list[WorkerConfig]) -> None:
-        supervisor = Supervisor(configs, lambda text: self._pipeline.report_failure(MMServeError(text)))
-        try:
-            supervisor.run(self._stopping.is_set)
-        except Exception as error:  # reported to whoever waits for the pipeline
-            self._pipeline.report_failure(MMServeError(f"The supervisor failed: {error}"))
-
-    # requests
-
-    def chat(
-        self,
-        messages: Messages | Sequence[Messages],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        methods: Methods | None = None,
-        progress: bool = False,
-    ) -> list[RequestOutput]:
-        """Answer one conversation or a list of them; raises the first error after all have ended."""
-        conversations = _conversations(messages)
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            sampling = [sampling_params or SamplingParams()] * len(conversations)
-        else:
-            sampling = list(sampling_params)
-        if len(sampling) != len(conversations):
-            raise BadRequest(
-                f"Expected sampling_params for {len(conversations)} conversations, but got {len(sampling)}"
-            )
-        places = threading.Semaphore(MAX_IN_FLIGHT)
-        with progress_bar(len(conversations), "answering", shown=progress) as advance:
-
-            def done() -> None:
-                places.release()
-                advance()
-
-            answers = []
-            for conversation, params in zip(conversations, sampling, strict=True):
-                places.acquire()
-                answers.append(self._start(conversation, params, methods, done))
-            wait(answers)
-            return [_output(answer.result()) for answer in answers]
-
-    def _start(
-        self,
-        conversation: Messages,
-        sampling: SamplingParams,
-        methods: Methods | None,
-        done: Callable[[], None],
-    ) -> Future[Completion]:
-        answer: Future[Completion] = Future()
-
-        def deliver(news: Chunk | Completion | MMServeError) -> None:
-            if isinstance(news, Chunk):
-                return
-            if isinstance(news, Completion):
-                answer.set_result(news)
-            else:
-                answer.set_exception(news)
-            done()
-
-        try:
-            self.submit(conversation, sampling, methods=methods, deliver=deliver)
-        except MMServeError as error:
-            deliver(error)
-        return answer
+    @property
+    def chat_format(self) -> ChatFormat:
+        return self._runtime.chat_format
 
     def submit(
         self,
@@ -227,61 +94,147 @@ class LLM:
         deliver: Deliver,
         methods: Methods | None = None,
         options: MediaOptions | None = None,
+        priority: int = 0,
     ) -> Generation:
-        """Start one conversation; `deliver` gets chunks, then one completion or error, on another thread."""
-        conversation = parse(messages, options=options or self.options, on_this_host=True)
-        if sampling_params.seed is None and self._seed is not None:
-            sampling_params = msgspec.structs.replace(sampling_params, seed=self._seed)
-        token_ids = tuple(self.chat_format.encode(conversation.messages))
-        held: list[MediaRef] = []
-
-        def release_and_deliver(news: Chunk | Completion | MMServeError) -> None:
-            if not isinstance(news, Chunk):
-                for ref in held:
-                    self._fetcher.release(ref)
-            deliver(news)
-
-        generation = Generation(self._pipeline, self.chat_format, release_and_deliver)
-        started_at = time.perf_counter()
-        try:
-            for part in conversation.media:
-                held.append(self._resolve(part))
-        except MMServeError as error:
-            generation.fail(error)
-            return generation
-        except BaseException:
-            generation.cancel()  # nothing else would ever end it
-            raise
-        fetch_ms = (time.perf_counter() - started_at) * 1e3
-        chosen = methods or self.methods
-        prompt = Prompt(token_ids=token_ids, media=tuple(held), sampling=sampling_params, methods=chosen)
-        generation.start(prompt, fetch_ms)
-        return generation
-
-    def _resolve(self, part: MediaPart) -> MediaRef:
-        content = part.content
-        if isinstance(content, str | Path):
-            found = self._fetcher.resolve(str(content), part.modality)
-        else:
-            # a PIL image becomes an array by itself
-            pixels = np.asarray(content.convert("RGB") if hasattr(content, "convert") else content)
-            found = save_frames(pixels, self._run_dir.path, part.modality, part.fps)
-        return msgspec.structs.replace(found, options=part.options)
+        """Start one conversation; `deliver` gets chunks, then one output or error, on another thread."""
+        read = partial(read_messages, messages, options=options or self.options)
+        return self._runtime.submit(self._request(read, sampling_params, methods, priority), deliver)
 
     def worker_pids(self) -> dict[str, int]:
         """Process ids of the workers by name, for monitoring."""
-        return self._pipeline.worker_pids()
+        return self._runtime.pipeline.worker_pids()
 
-    # life
+    def _chats(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling: Sampling,
+        methods: Methods | None,
+        priority: Priority,
+    ) -> list[Request]:
+        reads = [partial(read_messages, each, options=self.options) for each in conversations(messages)]
+        return self._requests(reads, sampling, methods, priority)
+
+    def _prompts(
+        self,
+        given: PromptInput | Sequence[PromptInput],
+        sampling: Sampling,
+        methods: Methods | None,
+        priority: Priority,
+    ) -> list[Request]:
+        reads = [partial(read_prompt, each, options=self.options) for each in prompts(given)]
+        return self._requests(reads, sampling, methods, priority)
+
+    def _requests(
+        self,
+        reads: Sequence[Callable[[ChatFormat], Inputs]],
+        sampling: Sampling,
+        methods: Methods | None,
+        priority: Priority,
+    ) -> list[Request]:
+        count = len(reads)
+        if sampling is None or isinstance(sampling, SamplingParams):
+            sampling = [sampling or SamplingParams()] * count
+        priorities = [priority] * count if isinstance(priority, int) else list(priority)
+        for name, values in (("sampling_params", sampling), ("priority", priorities)):
+            if len(values) != count:
+                raise BadRequest(f"Expected {name} for {count} requests, but got {len(values)}")
+        return [
+            self._request(read, params, methods, place)
+            for read, params, place in zip(reads, sampling, priorities, strict=True)
+        ]
+
+    def _request(
+        self,
+        read: Callable[[ChatFormat], Inputs],
+        sampling: SamplingParams,
+        methods: Methods | None,
+        priority: int,
+    ) -> Request:
+        if sampling.seed is None and self._seed is not None:
+            sampling = msgspec.structs.replace(sampling, seed=self._seed)
+        return Request(read=read, sampling=sampling, methods=methods or self.methods, priority=priority)
+
+    @contextmanager
+    def _submitted(
+        self,
+        requests: Sequence[Request],
+        *,
+        progress: bool = False,
+        on_chunk: Callable[[Chunk], None] = lambda _: None,
+    ) -> Iterator[Future[list[RequestOutput]]]:
+        """The outputs to come; whatever interrupts who waits for them cancels what still runs."""
+        with progress_bar(len(requests), "answering", shown=progress) as advance:
+            submission = Submission(self._runtime.submit, requests, on_chunk=on_chunk, on_end=advance)
+            try:
+                submission.start()
+                yield submission.outputs
+            except BaseException:
+                submission.cancel()
+                raise
+
+
+class LLM(_Offline):
+    """A running pipeline that answers while the caller waits. Use it in `with`, or call `close`.
+
+    An interrupt ends what was asked for and leaves the rest usable.
+    """
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: Sampling = None,
+        *,
+        methods: Methods | None = None,
+        priority: Priority = 0,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or a list of them; raises the first error after all have ended.
+
+        Requests of a lower `priority` come earlier.
+        """
+        requests = self._chats(messages, sampling_params, methods, priority)
+        with self._submitted(requests, progress=progress) as outputs:
+            return outputs.result()
+
+    def generate(
+        self,
+        prompts: PromptInput | Sequence[PromptInput],
+        sampling_params: Sampling = None,
+        *,
+        methods: Methods | None = None,
+        priority: Priority = 0,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Continue one prompt or a list of them, as they are: no chat template is applied.
+
+        A prompt is text, {"prompt": text} or {"prompt_token_ids": ids}. The last two take
+        "multi_modal_data": {"image": one or a list, "video": one or a list}, in the order of the
+        model's placeholders in the prompt.
+        """
+        requests = self._prompts(prompts, sampling_params, methods, priority)
+        with self._submitted(requests, progress=progress) as outputs:
+            return outputs.result()
+
+    def stream(
+        self,
+        messages: Messages,
+        sampling_params: SamplingParams | None = None,
+        *,
+        methods: Methods | None = None,
+        priority: int = 0,
+    ) -> Generator[Chunk, None, None]:
+        """The answer to one conversation as it comes; closing the iterator cancels it."""
+        chunks: queue.SimpleQueue[Chunk | None] = queue.SimpleQueue()
+        requests = self._chats(messages, sampling_params, methods, priority)
+        with self._submitted(requests, on_chunk=chunks.put) as outputs:
+            outputs.add_done_callback(lambda _: chunks.put(None))
+            while (chunk := chunks.get()) is not None:
+                yield chunk
+            outputs.result()
 
     def close(self) -> None:
         """Stop the workers and remove everything on disk. Idempotent."""
-        if self._stopping.is_set():
-            return
-        self._pipeline.close()
-        self._stopping.set()
-        self._thread.join()
-        self._run_dir.close()
+        self._runtime.close()
 
     def __enter__(self) -> Self:
         return self
@@ -292,32 +245,72 @@ class LLM:
         self.close()
 
 
-def _conversations(messages: Messages | Sequence[Messages]) -> list[Messages]:
-    """A list of messages is one conversation, a list of such lists several."""
-    if not messages or isinstance(messages[0], Mapping):
-        return [cast("Messages", messages)]
-    return list(cast("Sequence[Messages]", messages))
+class AsyncLLM(_Offline):
+    """The same for code on an event loop: cancelling a task cancels what it asked for.
 
+    Only the constructor waits, for the model to load. Use it in `async with`, or await `close`.
+    """
 
-def _colocated(configs: list[WorkerConfig], threads: int | None) -> list[WorkerConfig]:
-    """One worker with every role and, unless told otherwise, all the cores."""
-    cores = threads or os.cpu_count() or 1
-    return [msgspec.structs.replace(configs[0], name="all-0-0", roles=tuple(Role), threads=cores)]
+    async def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: Sampling = None,
+        *,
+        methods: Methods | None = None,
+        priority: Priority = 0,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """As `LLM.chat`."""
+        requests = self._chats(messages, sampling_params, methods, priority)
+        with self._submitted(requests, progress=progress) as outputs:
+            return await asyncio.wrap_future(outputs)
 
+    async def generate(
+        self,
+        prompts: PromptInput | Sequence[PromptInput],
+        sampling_params: Sampling = None,
+        *,
+        methods: Methods | None = None,
+        priority: Priority = 0,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """As `LLM.generate`."""
+        requests = self._prompts(prompts, sampling_params, methods, priority)
+        with self._submitted(requests, progress=progress) as outputs:
+            return await asyncio.wrap_future(outputs)
 
-def _output(completion: Completion) -> RequestOutput:
-    answer = CompletionOutput(
-        text=completion.text,
-        token_ids=completion.token_ids,
-        finish_reason=completion.finish_reason,
-        logprobs=completion.logprobs,
-    )
-    return RequestOutput(
-        request_id=completion.request_id,
-        outputs=(answer,),
-        prompt_token_ids=completion.prompt_token_ids,
-        usage=completion.usage,
-        timings_ms=completion.timings_ms,
-        media=completion.media,
-        methods=completion.methods,
-    )
+    async def stream(
+        self,
+        messages: Messages,
+        sampling_params: SamplingParams | None = None,
+        *,
+        methods: Methods | None = None,
+        priority: int = 0,
+    ) -> AsyncGenerator[Chunk, None]:
+        """As `LLM.stream`; `aclose` the iterator to cancel at once."""
+        loop = asyncio.get_running_loop()
+        chunks: asyncio.Queue[Chunk | None] = asyncio.Queue()
+
+        def put(chunk: Chunk | None) -> None:
+            # a loop that was closed has nobody left who reads
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(chunks.put_nowait, chunk)
+
+        requests = self._chats(messages, sampling_params, methods, priority)
+        with self._submitted(requests, on_chunk=put) as outputs:
+            outputs.add_done_callback(lambda _: put(None))
+            while (chunk := await chunks.get()) is not None:
+                yield chunk
+            outputs.result()
+
+    async def close(self) -> None:
+        """As `LLM.close`."""
+        await asyncio.to_thread(self._runtime.close)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()

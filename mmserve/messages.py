@@ -13,6 +13,15 @@ import msgspec
 from mmserve.request import FinishReason, MediaRef, MediaReport, Methods
 from mmserve.sampling import Logprob, SamplingParams
 
+# slots per head for answer tokens that a request is given room for at first: a longer answer takes more
+# pages as it grows, and when none are left, the last request to come is preempted
+DECODE_HEADROOM = 64
+
+
+def answer_slots(sampling: SamplingParams, known: int = 0) -> int:
+    """Slots per head for an answer of which `known` tokens exist: these, and room for the next ones."""
+    return known + min(sampling.max_tokens - known, DECODE_HEADROOM)
+
 
 class _Data(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     pass
@@ -75,19 +84,22 @@ class EncodeMedia(Command, frozen=True, tag="encode_media"):
 class EncodedItem(_Data, frozen=True):
     """One item's published embeddings: arrays "embeddings" [m, D] and "source" int32 [m].
 
-    `source` is each row's index in the item's uncompressed run of `tokens` placeholder tokens.
+    `source` is each row's index in the item's uncompressed run of `tokens` placeholder tokens. `key`
+    (hex) is the identity of these rows: equal keys, equal rows; empty when nobody knows.
     """
 
     lease: Lease
     tokens: int
     kept: int
+    key: str = ""
 
 
 class PrefillPrompt(Command, frozen=True, tag="prefill_prompt"):
     """Run a prompt; `token_ids` has one placeholder per item.
 
     With `hand_off` the compressed KV is published and forgotten, otherwise the sequence stays for
-    `DecodeFrom` on the same worker. `forced` are tokens already streamed by an earlier attempt.
+    `DecodeFrom` on the same worker. `forced` are tokens already streamed by an earlier attempt. A lower
+    `priority` comes earlier.
     """
 
     request_id: str
@@ -98,12 +110,15 @@ class PrefillPrompt(Command, frozen=True, tag="prefill_prompt"):
     methods: Methods
     forced: tuple[int, ...] = ()
     hand_off: bool = True
+    salt: str = ""
+    priority: int = 0
 
 
 class DecodeFrom(Command, frozen=True, tag="decode_from"):
     """Continue after prefill: `tokens` is the first generated token or all that are forced.
 
-    Without a lease the sequence is already on this worker.
+    Without a lease the sequence is already on this worker. `prompt_ids` are the prompt's tokens where
+    sampling penalises their repetition.
     """
 
     request_id: str
@@ -113,6 +128,8 @@ class DecodeFrom(Command, frozen=True, tag="decode_from"):
     next_order: int  # order of the first generated token: the uncompressed prompt's length
     next_position: int  # its RoPE position
     lease: Lease | None = None
+    prompt_ids: tuple[int, ...] = ()
+    priority: int = 0
 
 
 class CancelRequest(Command, frozen=True, tag="cancel_request"):
@@ -192,7 +209,10 @@ class Sampled(_Data, frozen=True):
 
 
 class PromptPrefilled(Event, frozen=True, tag="prompt_prefilled"):
-    """The prompt's KV exists; `first` is absent when the attempt was given forced tokens."""
+    """The prompt's KV exists; `first` is absent when the attempt was given forced tokens.
+
+    `prompt_logprobs` has one entry per token of the uncompressed prompt, None where there is none.
+    """
 
     request_id: str
     attempt: int
@@ -206,6 +226,8 @@ class PromptPrefilled(Event, frozen=True, tag="prompt_prefilled"):
     queue_ms: float
     transfer_ms: float
     prefill_ms: float
+    cached_slots: int = 0  # of these, rows whose KV was already there
+    prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
 
 
 class TokensDecoded(Event, frozen=True, tag="tokens_decoded"):
@@ -221,6 +243,13 @@ class RequestFailed(Event, frozen=True, tag="request_failed"):
     attempt: int
     code: str  # an errors.MMServeError code
     public_message: str
+
+
+class RequestPreempted(Event, frozen=True, tag="request_preempted"):
+    """Its pages went to others; prefill it again later. The worker has forgotten it."""
+
+    request_id: str
+    attempt: int
 
 
 class StepStarted(Event, frozen=True, tag="step_started"):
@@ -250,6 +279,7 @@ AnyEvent = (
     | PromptPrefilled
     | TokensDecoded
     | RequestFailed
+    | RequestPreempted
     | StepStarted
     | Heartbeat
     | WorkerDied

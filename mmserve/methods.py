@@ -6,7 +6,7 @@ about what a method does.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypedDict
 
 from mmserve.config import MethodDefaults
 from mmserve.errors import BadRequest
@@ -20,6 +20,17 @@ NAMES: dict[Kind, tuple[str, ...]] = {
     "kv": ("none", "random", "snapkv"),
     "kv_dtype": ("auto",),
 }
+
+
+class MethodOptions(TypedDict, total=False):
+    """The fields of `Methods` as keyword arguments; what is left out or None is the deployment's."""
+
+    prune: str | None
+    keep: float | None
+    attention: str | None
+    kv: str | None
+    kv_budget: float | None
+    kv_dtype: str | None
 
 
 def choose_methods(

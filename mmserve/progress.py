@@ -12,8 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 @contextmanager
 def progress_bar(total: int, what: str, *, shown: bool = True) -> Iterator[Callable[[], None]]:
     """Yields a function that advances the bar by one; any thread may call it. Hidden unless on a terminal."""
-    console = Console(stderr=True)
+    console = Console(stderr=True) if shown else None
+    if console is None or not console.is_terminal:
+        yield lambda: None
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as progress:
+    with Progress(*columns, console=console) as progress:
         task = progress.add_task(what, total=total)
         yield lambda: progress.advance(task)

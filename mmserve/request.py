@@ -108,26 +108,43 @@ class FinishReason(StrEnum):
 
 
 class Chunk(_Data, frozen=True):
-    """A step of a streamed answer: new text (may be empty) and the tokens behind it."""
+    """A step of a streamed answer: new text (may be empty) and the tokens behind it.
+
+    `index` says which of the `n` answers it belongs to; `finish_reason` is set in an answer's last chunk.
+    """
 
     text: str
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[dict[int, Logprob], ...] | None = None
+    index: int = 0
+    finish_reason: FinishReason | None = None
 
 
-class Completion(_Data, frozen=True):
-    """A finished request: the whole answer with everything that is reported about it."""
+class CompletionOutput(_Data, frozen=True, kw_only=True):
+    """One of the `n` answers to a prompt, as in vLLM."""
 
-    request_id: str
+    index: int = 0
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
+    logprobs: tuple[dict[int, Logprob], ...] | None = None
+
+
+class RequestOutput(_Data, frozen=True):
+    """A finished request, as in vLLM: its answers with everything that is reported about them.
+
+    `prompt_token_ids` and `prompt_logprobs` are of the prompt with its media expanded. `usage` counts
+    the prompt once and the tokens of all answers; `timings_ms` last until the end of the last one.
+    """
+
+    request_id: str
+    outputs: tuple[CompletionOutput, ...]
     prompt_token_ids: tuple[int, ...]
     usage: Usage
     timings_ms: Timings
     media: tuple[MediaReport, ...]
     methods: Methods
-    logprobs: tuple[dict[int, Logprob], ...] | None = None
+    prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
 
 
 class Prompt(_Data, frozen=True):
@@ -138,3 +155,4 @@ class Prompt(_Data, frozen=True):
     sampling: SamplingParams = SamplingParams()
     methods: Methods = Methods()
     salt: str = ""  # separates the caches of tenants
+    priority: int = 0  # lower comes earlier, as in vLLM

@@ -11,11 +11,12 @@ from mmserve.errors import MMServeError
 from mmserve.generation import Deliver
 from mmserve.request import (
     Chunk,
-    Completion,
+    CompletionOutput,
     FinishReason,
     MediaOptions,
     MediaReport,
     Methods,
+    RequestOutput,
     Timings,
     Usage,
 )
@@ -75,14 +76,12 @@ class FakeLLM:
         self.close()
 
 
-def completion(text: str, methods: Methods | None = None) -> Completion:
+def completion(text: str, methods: Methods | None = None) -> RequestOutput:
     methods = methods or Methods()
     kept = int(100 * methods.keep)
-    return Completion(
+    return RequestOutput(
         request_id="r1",
-        text=text,
-        token_ids=(5, 6, 7),
-        finish_reason=FinishReason.STOP,
+        outputs=(CompletionOutput(text=text, token_ids=(5, 6, 7), finish_reason=FinishReason.STOP),),
         prompt_token_ids=(1, 2, 3),
         usage=Usage(
             prompt_tokens=110,

@@ -18,7 +18,7 @@ import msgspec
 
 from mmserve.batch.questions import Question, is_url, media_type
 from mmserve.errors import BadRequest, MMServeError, Unavailable, from_code
-from mmserve.request import Chunk, Completion, MediaOptions, Methods
+from mmserve.request import Chunk, MediaOptions, Methods, RequestOutput
 from mmserve.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -70,8 +70,8 @@ class LocalAnswerer:
         self._options = options
 
     def start(self, question: Question, done: Callable[[Answer], None]) -> None:
-        def deliver(news: Chunk | Completion | MMServeError) -> None:
-            if isinstance(news, Completion):
+        def deliver(news: Chunk | RequestOutput | MMServeError) -> None:
+            if isinstance(news, RequestOutput):
                 done(_completed(news))
             elif isinstance(news, MMServeError):
                 done(Answer(error=news))
@@ -88,13 +88,14 @@ class LocalAnswerer:
             done(Answer(error=error))
 
 
-def _completed(completion: Completion) -> Answer:
+def _completed(output: RequestOutput) -> Answer:
+    (answer,) = output.outputs
     return Answer(
-        text=completion.text,
-        finish_reason=str(completion.finish_reason),
-        usage=msgspec.to_builtins(completion.usage),
-        timings_ms=msgspec.to_builtins(completion.timings_ms),
-        methods=msgspec.to_builtins(completion.methods),
+        text=answer.text,
+        finish_reason=str(answer.finish_reason),
+        usage=msgspec.to_builtins(output.usage),
+        timings_ms=msgspec.to_builtins(output.timings_ms),
+        methods=msgspec.to_builtins(output.methods),
     )
 
 

@@ -19,6 +19,7 @@ from transformers.models.llava_onevision.modeling_llava_onevision import (
 )
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
+from mmserve.encoders.attention import NAME as ATTENTION
 from mmserve.encoders.base import Encoded, EncodedImage
 
 FRAMES_PER_BATCH = 8
@@ -37,7 +38,7 @@ class SiglipEncoder(nn.Module):
         vision = type(config.vision_config).from_dict(
             config.vision_config.to_dict() | {"num_hidden_layers": max(self.depths), "vision_use_head": False}
         )
-        vision._attn_implementation = "sdpa"
+        vision._attn_implementation = ATTENTION
         self.tower = SiglipVisionModel(vision)
         self.tower.post_layernorm = nn.Identity()  # the used states come before it
         self.projector = LlavaOnevisionMultiModalProjector(config)
@@ -110,12 +111,12 @@ def _attention_received(layer: SiglipEncoderLayer, hidden: Tensor) -> Tensor:
     attention = layer.self_attn
     normed = layer.layer_norm1(hidden)
     q, k = (
-        projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2).float()
+        projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
         for projection in (attention.q_proj, attention.k_proj)
     )
     # one picture at a time: the maps of a batch would be the largest tensors of the encoder
     received = [
-        (one_q @ one_k.transpose(-1, -2) * attention.scale).softmax(-1).mean((0, 1))
+        (one_q * attention.scale @ one_k.transpose(-1, -2)).softmax(-1).mean((0, 1), dtype=torch.float32)
         for one_q, one_k in zip(q, k, strict=True)
     ]
     return torch.stack(received)

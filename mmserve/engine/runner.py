@@ -7,15 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mmserve.attention.backend import attention_for
 from mmserve.attention.paged import PagedAttention, SequenceRows
-from mmserve.engine.plan import Plan
+from mmserve.engine.scheduler import Plan
 from mmserve.kv.base import KVPolicy, LayerView
+from mmserve.kv.identity import Identity
+from mmserve.kv.prefix import PrefixCache
 from mmserve.kv.store import KVExport, PageStore
 from mmserve.kv.table import PageTable
 from mmserve.models.decoder import TextDecoder
@@ -34,7 +38,10 @@ class PromptRows:
     order: NDArray[np.int32]
     position: NDArray[np.int32]
     is_visual: NDArray[np.bool_]
+    is_observed: bool = False  # keep the queries that a KV policy wants to see
+    wants_logits: bool = False  # of every row
     done: int = 0
+    cached: int = 0  # rows whose KV was there already
     observed: list[list[Tensor]] = field(default_factory=list)  # per chunk, per layer [rows, Hq, d]
 
     def __len__(self) -> int:
@@ -42,10 +49,19 @@ class PromptRows:
 
     @property
     def first_observed(self) -> int:
-        """The rows from here on are text after the last visual token, at most `MAX_OBSERVED`."""
-        visual = np.flatnonzero(self.is_visual)
-        after = int(visual[-1]) + 1 if len(visual) else 0
-        return max(min(after, len(self) - 1), len(self) - MAX_OBSERVED)
+        return first_observed(self.is_visual)
+
+
+def first_observed(is_visual: NDArray[np.bool_]) -> int:
+    """The rows from here on are text after the last visual token, at most `MAX_OBSERVED`."""
+    visual = np.flatnonzero(is_visual)
+    after = int(visual[-1]) + 1 if len(visual) else 0
+    return max(min(after, len(is_visual) - 1), len(is_visual) - MAX_OBSERVED)
+
+
+def most_cached(is_visual: NDArray[np.bool_], *, is_observed: bool) -> int:
+    """How many leading rows may come from the cache; the others are needed for what they compute."""
+    return first_observed(is_visual) if is_observed else len(is_visual) - 1
 
 
 @dataclass(slots=True)
@@ -57,8 +73,25 @@ class DecodeRow:
     position: int
 
 
+class StepResult(NamedTuple):
+    """What a step computed: one row of fp32 logits per name, decodes first, then completed prompts."""
+
+    names: tuple[str, ...]
+    logits: Tensor  # [names, V]
+    prompt_logits: dict[str, Tensor]  # of a chunk's rows [rows, V], for prompts that want them
+
+
+class _Batch(NamedTuple):
+    """The packed rows of one step."""
+
+    pieces: list[Tensor]
+    positions: list[NDArray[np.int32]]
+    rows: list[SequenceRows]
+    observe: dict[str, range]
+
+
 class Runner:
-    """Model, page table and page store of one language worker."""
+    """Model, page table, page store and prefix cache of one language worker."""
 
     def __init__(
         self, decoder: TextDecoder, table: PageTable, store: PageStore, device: torch.device
@@ -66,11 +99,50 @@ class Runner:
         self.decoder = decoder
         self.table = table
         self.store = store
+        self.prefix = PrefixCache(table, table.num_pages, store.page_bytes)
         self.device = device
         self.prompts: dict[str, PromptRows] = {}
+        self._attention = attention_for(device)
 
-    def add(self, sequence: str, prompt: PromptRows) -> None:
+    # pages
+
+    @property
+    def available_pages(self) -> int:
+        """Pages that are free, or only remembered."""
+        return self.table.free_pages + self.prefix.evictable_pages
+
+    def cached(self, identity: Identity | None, most: int) -> tuple[int, int]:
+        """Leading rows whose KV is there, `most` at most, and those of its pages that are in use anyway."""
+        if identity is None:
+            return 0, 0
+        found = self.prefix.match(identity, most)
+        return found, self.prefix.busy_pages(identity, found)
+
+    def add(
+        self,
+        sequence: str,
+        prompt: PromptRows,
+        *,
+        headroom: int = 0,
+        identity: Identity | None = None,
+        most_cached: int = 0,
+    ) -> None:
+        """Take what the prefix cache has, and pages for all other rows and `headroom` tokens after them."""
         self.prompts[sequence] = prompt
+        if identity is not None and (found := self.prefix.match(identity, most_cached)):
+            self.prefix.take(sequence, identity, found)
+            prompt.done = prompt.cached = found
+        self.reserve(sequence, len(prompt) - prompt.cached + headroom)
+
+    def reserve(self, sequence: str, slots: int) -> None:
+        """Own pages for `slots` more slots, at the expense of what is only remembered."""
+        self._make_room(self.table.missing_pages(sequence, slots))
+        self.table.reserve(sequence, slots)
+
+    def _make_room(self, pages: int) -> None:
+        short = pages - self.table.free_pages
+        if short > 0:
+            self.prefix.evict(short)
 
     def release(self, sequence: str) -> None:
         """Forget a sequence, whatever it is doing; harmless when it is unknown."""
@@ -78,47 +150,50 @@ class Runner:
         if sequence in self.table:
             self.table.release(sequence)
 
+    # steps
+
     def embed(self, ids: Sequence[int] | NDArray[np.int64]) -> Tensor:
         return self.decoder.embed(torch.as_tensor(ids, dtype=torch.int64, device=self.device))
 
     @torch.inference_mode()
-    def run(self, plan: Plan, decodes: dict[str, DecodeRow]) -> dict[str, Tensor]:
-        """One step. Returns fp32 logits [V] for every decode and every prompt that was completed."""
-        pieces: list[Tensor] = []
-        positions: list[NDArray[np.int32]] = []
-        batch: list[SequenceRows] = []
-        observe: dict[str, range] = {}
-        start = 0
-        for sequence, row in ((name, decodes[name]) for name in plan.decodes):
+    def run(self, plan: Plan, decodes: dict[str, DecodeRow]) -> StepResult:
+        """One step of every decode and chunk of the plan."""
+        batch = self._batch(plan, decodes)
+        attention = self._attention(self.table, self.store, batch.rows, batch.observe)
+        where = torch.from_numpy(np.concatenate(batch.positions)).to(self.device)
+        hidden = self.decoder(torch.cat(batch.pieces), where, attention.attend)
+        return self._result(plan, batch, hidden, attention)
+
+    def _batch(self, plan: Plan, decodes: dict[str, DecodeRow]) -> _Batch:
+        batch = _Batch([], [], [], {})
+        for start, name in enumerate(plan.decodes):
+            row = decodes[name]
             order, position = np.array([row.order], np.int32), np.array([row.position], np.int32)
-            self.table.append(sequence, order, position)
-            positions.append(position)
-            batch.append(SequenceRows(sequence, start, start + 1))
-            start += 1
+            self._make_room(self.table.missing_pages(name, 1))
+            self.table.append(name, order, position)
+            batch.positions.append(position)
+            batch.rows.append(SequenceRows(name, start, start + 1))
         if plan.decodes:
-            pieces.append(self.embed([decodes[name].token for name in plan.decodes]))
+            batch.pieces.append(self.embed([decodes[name].token for name in plan.decodes]))
+        start = len(plan.decodes)
         for chunk in plan.chunks:
             prompt = self.prompts[chunk.sequence]
             rows = slice(chunk.start, chunk.stop)
             self.table.append(chunk.sequence, prompt.order[rows], prompt.position[rows])
-            pieces.append(prompt.embeddings[rows])
-            positions.append(prompt.position[rows])
+            batch.pieces.append(prompt.embeddings[rows])
+            batch.positions.append(prompt.position[rows])
             stop = start + chunk.stop - chunk.start
-            batch.append(SequenceRows(chunk.sequence, start, stop))
+            batch.rows.append(SequenceRows(chunk.sequence, start, stop))
             first = max(prompt.first_observed, chunk.start)
-            observe[chunk.sequence] = range(start + first - chunk.start, stop)
+            if prompt.is_observed and first < chunk.stop:
+                batch.observe[chunk.sequence] = range(start + first - chunk.start, stop)
             start = stop
-        attention = PagedAttention(
-            self.table, self.store, batch, {k: v for k, v in observe.items() if len(v)}
-        )
-        where = torch.from_numpy(np.concatenate(positions)).to(self.device)
-        hidden = self.decoder(torch.cat(pieces), where, attention.attend)
-        return self._logits(plan, batch, hidden, attention)
+        return batch
 
-    def _logits(
-        self, plan: Plan, batch: list[SequenceRows], hidden: Tensor, attention: PagedAttention
-    ) -> dict[str, Tensor]:
+    def _result(self, plan: Plan, batch: _Batch, hidden: Tensor, attention: PagedAttention) -> StepResult:
+        where = {rows.sequence: rows for rows in batch.rows}
         finished = list(plan.decodes)
+        prompt_logits = {}
         for chunk in plan.chunks:
             prompt = self.prompts[chunk.sequence]
             prompt.done = chunk.stop
@@ -126,16 +201,34 @@ class Runner:
                 prompt.observed.append(attention.observed[chunk.sequence])
             if prompt.done == len(prompt):
                 finished.append(chunk.sequence)
-        last = {rows.sequence: rows.stop - 1 for rows in batch}
-        if not finished:
-            return {}
-        logits = self.decoder.logits(hidden[[last[name] for name in finished]])
-        return dict(zip(finished, logits, strict=True))
+            if prompt.wants_logits:
+                rows = where[chunk.sequence]
+                prompt_logits[chunk.sequence] = self.decoder.logits(hidden[rows.start : rows.stop])
+        if finished:
+            logits = self.decoder.logits(hidden[[where[name].stop - 1 for name in finished]])
+        else:
+            logits = hidden.new_empty(0, self.decoder.config.vocab_size, dtype=torch.float32)
+        return StepResult(tuple(finished), logits, prompt_logits)
+
+    # the end of a prompt
+
+    def remember(self, sequence: str, identity: Identity) -> None:
+        """Let later prompts share the KV of a sequence, whose slots are those of `identity`."""
+        self.prefix.insert(sequence, identity, len(identity.rows))
 
     @torch.inference_mode()
-    def compress(self, sequence: str, policy: KVPolicy, budget: float) -> None:
-        """Let a policy choose what every head keeps of a prefilled prompt, and free the rest."""
+    def compress(
+        self, sequence: str, policy: KVPolicy, budget: float, identity: Identity | None = None
+    ) -> None:
+        """Let a policy choose what every head keeps of a prefilled prompt, and free the rest.
+
+        Survivors move to fresh pages, or within the sequence's own: raises OutOfPages when there are no
+        fresh ones and others use its own too.
+        """
         prompt = self.prompts[sequence]
+        one_head = -(-len(prompt) // self.table.page_size)
+        if identity is not None and self.available_pages < one_head:
+            self.prefix.forget(identity)
         first = prompt.first_observed
         visual, order = torch.from_numpy(prompt.is_visual), torch.from_numpy(prompt.order)
         for layer in range(self.table.layers):
@@ -151,11 +244,18 @@ class Runner:
                 budget=budget,
             )
             for head, kept in enumerate(policy.select(view)):
+                self._make_room(-(-len(kept) // self.table.page_size))
                 self.store.copy(*self.table.keep(sequence, layer, head, kept))
 
     def finish_prompt(self, sequence: str) -> None:
         """The prompt's rows are no longer needed, its pages stay."""
         del self.prompts[sequence]
+
+    def import_(self, sequence: str, export: KVExport, headroom: int) -> None:
+        """Create a sequence from KV that was computed elsewhere, with pages for `headroom` tokens more."""
+        self._make_room(self.table.pages_for(int(export.lengths.max(initial=0)) + headroom))
+        self.store.import_(self.table, sequence, export)
+        self.reserve(sequence, headroom)
 
     def export(self, sequence: str) -> KVExport:
         return self.store.export(self.table, sequence)

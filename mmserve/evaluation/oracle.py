@@ -7,11 +7,11 @@ is used. Slow and one request at a time, on purpose.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,10 +23,13 @@ from transformers import (
     LlavaOnevisionImageProcessorPil,
 )
 
-from mmserve.evaluation.clipworld import through_codec
-from mmserve.evaluation.suites import Example, Media
+from mmserve.evaluation.carriers import carrier_mask, remaining, with_carriers
+from mmserve.evaluation.suites import Example, Media, Verdict, frames_seen, seen
 
 Pixels = NDArray[np.uint8]
+# what of its media a question comes with; "carriers" leaves only those for decoding
+View = Literal["all", "carriers", "random", "one-frame", "blind"]
+RANDOM_SHARE = 0.1  # of the visual tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,111 @@ class TransformersOracle:
         self, messages: list[dict[str, Any]], videos: list[Pixels], images: list[Pixels], max_new_tokens: int
     ) -> OracleAnswer:
         """`videos` are [T, S, S, 3], `images` [H, W, 3], both in the order of their parts in `messages`."""
+        ids, inputs = self._inputs(messages, videos, images)
+        made = self._model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **inputs,
+        )
+        new = made.sequences[0, ids.shape[1] :].tolist()
+        scores = [float(step[0].log_softmax(-1)[token]) for step, token in zip(made.logits, new, strict=True)]
+        return self._answer(ids, new, scores)
+
+    @torch.inference_mode()
+    def answer_reduced(
+        self,
+        messages: list[dict[str, Any]],
+        videos: list[Pixels],
+        images: list[Pixels],
+        max_new_tokens: int,
+        *,
+        share: float,
+        seed: int,
+    ) -> OracleAnswer:
+        """With a random `share` of the visual tokens, the prompt numbered anew without the others."""
+        ids, inputs = self._inputs(messages, videos, images)
+        embedded, visual = self._embedded(ids, inputs)
+        places = visual.nonzero()[:, 0]
+        drawn = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))
+        kept = ~visual
+        kept[places[drawn[: math.ceil(share * len(places))]]] = True
+        made = self._model.generate(
+            inputs_embeds=embedded[:, kept],
+            attention_mask=torch.ones(1, int(kept.sum()), dtype=torch.long),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        new = made.sequences[0].tolist()
+        scores = [float(step[0].log_softmax(-1)[token]) for step, token in zip(made.logits, new, strict=True)]
+        return self._answer(ids, new, scores)
+
+    @torch.inference_mode()
+    def answer_from_carriers(
+        self, messages: list[dict[str, Any]], videos: list[Pixels], images: list[Pixels], max_new_tokens: int
+    ) -> OracleAnswer:
+        """Under VideoScan's semantic mask; only text, images and carriers stay for decoding."""
+        ids, inputs = self._inputs(messages, videos, images)
+        embedded, _ = self._embedded(ids, inputs)
+        config, language = self._model.config, self._model.model.language_model
+        frame = self._frames(ids[0], [len(video) for video in videos])
+        inside = frame >= 0
+        if inside.any():
+            size = self._video_tokens(1) - 1
+            embedded[0, inside] = with_carriers(embedded[0, inside].unflatten(0, (-1, size))).flatten(0, 1)
+        mask = torch.zeros(1, 1, ids.shape[1], ids.shape[1]).masked_fill(~carrier_mask(frame), -math.inf)
+        made = language(inputs_embeds=embedded, attention_mask=mask, use_cache=True)
+        for layer in made.past_key_values.layers:
+            layer.keys = layer.keys[:, :, remaining(frame)]
+            layer.values = layer.values[:, :, remaining(frame)]
+        new: list[int] = []
+        scores: list[float] = []
+        while len(new) < max_new_tokens:
+            logprobs = self._model.lm_head(made.last_hidden_state[0, -1]).log_softmax(-1)
+            new.append(int(logprobs.argmax()))
+            scores.append(float(logprobs[new[-1]]))
+            if new[-1] == config.text_config.eos_token_id:
+                break
+            made = language(
+                input_ids=torch.tensor([new[-1:]]),
+                position_ids=torch.tensor([[ids.shape[1] + len(new) - 1]]),
+                past_key_values=made.past_key_values,
+                use_cache=True,
+            )
+        return self._answer(ids, new, scores)
+
+    def _embedded(self, ids: torch.Tensor, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings [1, S, D] of a prompt with its media, and which of its tokens are visual."""
+        inner, config = self._model.model, self._model.config
+        embedded = inner.get_input_embeddings()(ids)
+        video, image = ids[0] == config.video_token_id, ids[0] == config.image_token_id
+        if video.any():
+            features = inner.get_video_features(inputs["pixel_values_videos"]).pooler_output
+            embedded[0, video] = features.flatten(0, 1)
+        if image.any():
+            pictures = {name: value for name, value in inputs.items() if name != "pixel_values_videos"}
+            embedded[0, image] = torch.cat(list(inner.get_image_features(**pictures).pooler_output))
+        return embedded, video | image
+
+    def _frames(self, ids: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        """The number of the frame each token of a prompt belongs to, -1 for text, images and newlines."""
+        frame = torch.full_like(ids, -1)
+        size = self._video_tokens(1) - 1
+        numbers: list[int] = []
+        for count in counts:
+            first = numbers[-2] + 1 if numbers else 0
+            numbers += [first + index for index in range(count) for _ in range(size)] + [-1]
+        frame[ids == self._model.config.video_token_id] = torch.tensor(numbers, dtype=ids.dtype)
+        return frame
+
+    def _inputs(
+        self, messages: list[dict[str, Any]], videos: list[Pixels], images: list[Pixels]
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
         inputs: dict[str, Any] = {}
         counts: dict[str, list[int]] = {"<video>": [self._video_tokens(len(video)) for video in videos]}
         if videos:
@@ -68,18 +176,9 @@ class TransformersOracle:
                 **{name: inputs[name] for name in ("pixel_values", "image_sizes", "batch_num_images")}
             )
             counts["<image>"] = [len(features) for features in packed.pooler_output]
-        ids = torch.tensor([self._prompt(messages, counts)])
-        made = self._model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_logits=True,
-            **inputs,
-        )
-        new = made.sequences[0, ids.shape[1] :].tolist()
-        scores = [float(step[0].log_softmax(-1)[token]) for step, token in zip(made.logits, new, strict=True)]
+        return torch.tensor([self._prompt(messages, counts)]), inputs
+
+    def _answer(self, ids: torch.Tensor, new: list[int], scores: list[float]) -> OracleAnswer:
         text = self._tokenizer.decode(new, skip_special_tokens=True)
         return OracleAnswer(ids[0].tolist(), new, scores, text)
 
@@ -100,7 +199,7 @@ class TransformersOracle:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return ids
 
-    def ask(self, example: Example, max_new_tokens: int = 4) -> OracleAnswer:
+    def ask(self, example: Example, *, view: View = "all", max_new_tokens: int = 4) -> OracleAnswer:
         """A suite's question, its clips as they come back from H.264."""
         content: list[dict[str, Any]] = []
         videos: list[Pixels] = []
@@ -109,18 +208,32 @@ class TransformersOracle:
             if not isinstance(part, Media):
                 content.append({"type": "text", "text": part})
                 continue
+            if view == "blind":
+                continue
             content.append({"type": part.modality})
+            clip = seen(example, part)
             if part.modality == "video":
-                videos.append(through_codec(part.frames()))
+                videos.append(clip[len(clip) // 2 :][:1] if view == "one-frame" else clip)
             else:
-                images.append(part.frames()[0])
-        return self.answer([{"role": "user", "content": content}], videos, images, max_new_tokens)
+                images.append(clip[0])
+        messages = [{"role": "user", "content": content}]
+        if view == "carriers":
+            return self.answer_from_carriers(messages, videos, images, max_new_tokens)
+        if view == "random":
+            seed = zlib.crc32(example.example_id.encode())
+            return self.answer_reduced(
+                messages, videos, images, max_new_tokens, share=RANDOM_SHARE, seed=seed
+            )
+        return self.answer(messages, videos, images, max_new_tokens)
 
 
-def accuracy_by_kind(oracle: TransformersOracle, asked: Iterable[Example]) -> dict[str, tuple[int, int]]:
-    """(right, asked) per question kind."""
-    tally: dict[str, list[bool]] = defaultdict(list)
-    for example in asked:
-        answer = oracle.ask(example)
-        tally[example.question.kind].append(answer.text.strip() == example.question.answer)
-    return {kind: (sum(hits), len(hits)) for kind, hits in sorted(tally.items())}
+def judge(oracle: TransformersOracle, asked: Iterable[Example], view: View = "all") -> list[Verdict]:
+    return [
+        Verdict(
+            example.question.kind,
+            frames_seen(example),
+            example.depth,
+            oracle.ask(example, view=view).text.strip() == example.question.answer,
+        )
+        for example in asked
+    ]

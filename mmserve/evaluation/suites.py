@@ -28,6 +28,7 @@ from mmserve.evaluation.clipworld import (
     ask_about,
     render,
     sample_scene,
+    through_codec,
     write_mp4,
 )
 from mmserve.evaluation.drawing import COLOURS, SHAPES
@@ -69,6 +70,16 @@ class Example:
         return [part for part in self.parts if isinstance(part, Media)]
 
 
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a suite's question was answered rightly."""
+
+    kind: str
+    frames: int  # of its videos that it may use
+    depth: float | None
+    right: bool
+
+
 def _basic(rng: np.random.Generator, index: int, name: str) -> Example:
     topic = KINDS[index % len(KINDS)]
     scene = sample_scene(rng, topic)
@@ -105,8 +116,8 @@ def _mixed(rng: np.random.Generator, index: int, name: str) -> Example:
     return Example(name, (*parts, text), Question(topic, text, question.answer))
 
 
-def _stream(rng: np.random.Generator, index: int, name: str) -> Example:
-    """One object at a time for 4 to 8 frames; asked about what is there now, or was there before."""
+def stream_scene(rng: np.random.Generator) -> Scene:
+    """One object at a time, each for 4 to 8 frames."""
     count = int(rng.integers(3, 7))
     looks, colours = rng.permutation(SHAPES)[:count], rng.permutation(list(COLOURS))[:count]
     bounds = np.concatenate([[0], np.cumsum(rng.integers(4, 9, count))])
@@ -122,16 +133,30 @@ def _stream(rng: np.random.Generator, index: int, name: str) -> Example:
         )
         for i in range(count)
     )
-    scene = Scene(frames=int(bounds[-1]), actors=actors, noise=3.0, seed=int(rng.integers(2**62)))
-    current = int(rng.integers(1, count))
-    frame = int(rng.integers(bounds[current] + 1, bounds[current + 1]))
-    if index % 2 == 0:
-        question = Question("now", "What shape is the object now?", actors[current].look)
-    else:
-        earlier = int(rng.integers(current))
-        question = Question("past", f"What colour was the {actors[earlier].look}?", actors[earlier].colour)
-    media = Media(scene, STREAM_FPS)
-    return Example(name, (media, question.text), question, asked_at_s=frame / STREAM_FPS)
+    return Scene(frames=int(bounds[-1]), actors=actors, noise=3.0, seed=int(rng.integers(2**62)))
+
+
+def stream_question(
+    rng: np.random.Generator, scene: Scene, frames: int, kind: Literal["now", "past"]
+) -> Question | None:
+    """What can be asked once `frames` frames of a stream were seen; None where nothing is past."""
+    seen = [actor for actor in scene.actors if actor.start < frames]
+    if kind == "now":
+        return Question(kind, "What shape is the object now?", seen[-1].look)
+    if len(seen) < 2:
+        return None
+    earlier = seen[int(rng.integers(len(seen) - 1))]
+    return Question(kind, f"What colour was the {earlier.look}?", earlier.colour)
+
+
+def _stream(rng: np.random.Generator, index: int, name: str) -> Example:
+    """Asked about what is there now, or was there before."""
+    scene = stream_scene(rng)
+    current = scene.actors[int(rng.integers(1, len(scene.actors)))]
+    frame = int(rng.integers(current.start + 1, current.stop))
+    question = stream_question(rng, scene, frame, "now" if index % 2 == 0 else "past")
+    assert question is not None, "another object came before the current one"
+    return Example(name, (Media(scene, STREAM_FPS), question.text), question, asked_at_s=frame / STREAM_FPS)
 
 
 _BUILDERS: dict[str, tuple[int, Callable[[np.random.Generator, int, str], Example]]] = {
@@ -153,6 +178,23 @@ def examples(suite: str, seed: int = 0) -> Iterator[Example]:
         rng = np.random.default_rng([seed, number, index])
         yield build(rng, index, f"{suite}-{seed}-{index:05d}")
         index += 1
+
+
+def seen(example: Example, media: Media) -> Clip:
+    """The frames of one of its items that an example's question may use, as they come out of the file."""
+    if media.modality == "image":
+        return media.frames()
+    return through_codec(media.frames())[: _shown(example, media)]
+
+
+def frames_seen(example: Example) -> int:
+    return sum(_shown(example, media) for media in example.media if media.modality == "video")
+
+
+def _shown(example: Example, media: Media) -> int:
+    if example.asked_at_s is None:
+        return media.scene.frames
+    return round(example.asked_at_s * media.fps)
 
 
 def write_suite(suite: str, folder: Path, limit: int, seed: int = 0) -> Path:

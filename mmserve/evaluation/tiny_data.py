@@ -1,20 +1,17 @@
-"""Training data for `tiny`: rendered clips, per-token labels, and packed questions.
+"""Training data for the tower of `tiny`: rendered clips and what lies under each of their tokens.
 
-Many questions share one clip in a packed sequence: each sees the clip and itself, never another
-question, at the positions it would have alone. Knows nothing about optimisation.
+Also which questions about a scene are worth asking in training. Knows nothing about optimisation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from mmserve.evaluation.clipworld import (
@@ -33,13 +30,8 @@ from mmserve.evaluation.drawing import COLOURS, SHAPES
 from mmserve.evaluation.tiny_model import POOLED
 
 LOOKS = (*SHAPES, *"0123456789")
-Purpose = Literal["see", "answer"]
-# how often a clip is made for each of KINDS: the tower needs digits to look at, which flash and are
-# rare; questions about time are what the language model learns last
-TOPIC_SHARES: dict[Purpose, list[float]] = {
-    "see": [0.08, 0.08, 0.1, 0.12, 0.5, 0.06, 0.03, 0.03],
-    "answer": [0.04, 0.04, 0.16, 0.18, 0.22, 0.18, 0.12, 0.06],
-}
+# how often a clip is made for each of KINDS: digits flash and would be rare
+TOPIC_SHARES = [0.08, 0.08, 0.1, 0.12, 0.5, 0.06, 0.03, 0.03]
 TRAIN_STREAM = 7  # keeps training seeds apart from the held-out suites'
 
 
@@ -51,29 +43,24 @@ class Labels(NamedTuple):
     offset: Tensor  # float32 [frames, 36, 2], token centre to object centre in units of 48 px
 
 
-def make_clip(seed: int, index: int, frames: int, purpose: Purpose) -> tuple[Scene, Clip]:
-    """Training clip `index`: half of them as they come back from H.264 at random quality."""
+def make_clip(seed: int, index: int, frames: int) -> tuple[Scene, Clip]:
+    """Clip `index` of the tower: half of them as they come back from H.264 at random quality."""
     rng = np.random.default_rng([seed, TRAIN_STREAM, frames, index])
-    topic = str(rng.choice(KINDS, p=TOPIC_SHARES[purpose]))
-    # what flashes for longer is easier to find: the long flashes teach the short ones
-    longest = frames if purpose == "see" else int(rng.choice([2, 2, 4, frames]))
-    scene = sample_scene(rng, topic, frames, longest)
+    scene = sample_scene(rng, str(rng.choice(KINDS, p=TOPIC_SHARES)), frames, frames)
     clip = render(scene)
     return scene, through_codec(clip, int(rng.integers(12, 30))) if rng.random() < 0.5 else clip
 
 
-def _make_clips(seed: int, start: int, stop: int, frames: int, purpose: Purpose) -> list[tuple[Scene, Clip]]:
-    return [make_clip(seed, index, frames, purpose) for index in range(start, stop)]
+def _make_clips(seed: int, start: int, stop: int, frames: int) -> list[tuple[Scene, Clip]]:
+    return [make_clip(seed, index, frames) for index in range(start, stop)]
 
 
-def clip_pool(
-    seed: int, start: int, count: int, frames: int, purpose: Purpose, workers: int
-) -> list[tuple[Scene, Clip]]:
+def clip_pool(seed: int, start: int, count: int, frames: int, workers: int) -> list[tuple[Scene, Clip]]:
     """`count` training clips, rendered by a pool of processes."""
     step = 64
     with ProcessPoolExecutor(workers) as pool:
         jobs = [
-            pool.submit(_make_clips, seed, first, min(first + step, start + count), frames, purpose)
+            pool.submit(_make_clips, seed, first, min(first + step, start + count), frames)
             for first in range(start, start + count, step)
         ]
         return [item for job in jobs for item in job.result()]
@@ -134,72 +121,6 @@ def training_questions(rng: np.random.Generator, scene: Scene, most: int) -> lis
     rng.shuffle(common)
     described = [listed[int(rng.integers(2))]] if listed and rng.random() < 0.3 else []
     return (described + rare + common[:3])[:most]
-
-
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """One batch of packed sequences: `visual` embeddings are spliced in after the prefix tokens."""
-
-    tokens: Tensor  # int64 [B, S], media tokens where the visual embeddings go
-    positions: Tensor  # int64 [B, S]
-    mask: Tensor  # float32 [B, 1, S, S], 0 or -inf-like, additive
-    targets: Tensor  # int64 [B, S], -100 where nothing is asked
-    weights: Tensor  # float32 [B, S]
-    kinds: list[list[tuple[str, int, int]]]  # per row (kind, first target, last target + 1)
-
-
-class Packer:
-    """Turns (visual token count, questions) into `Packed` batches with the model's own chat format."""
-
-    def __init__(self, tokenizer: Tokenizer, video_token: int) -> None:
-        self.tokenizer = tokenizer
-        self.video_token = video_token
-        self.prefix = tokenizer.encode("<|im_start|>user\n").ids
-        self._cache: dict[str, list[int]] = {}
-
-    def _encode(self, text: str) -> list[int]:
-        if text not in self._cache:
-            self._cache[text] = self.tokenizer.encode(text).ids
-        return self._cache[text]
-
-    def pack(self, visual: int, batch: list[list[Question]]) -> Packed:
-        rows = [self._row(visual, asked) for asked in batch]
-        length = max(len(row[0]) for row in rows)
-        shape = (len(rows), length)
-        tokens, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-        targets, weights = torch.full(shape, -100), torch.zeros(shape)
-        owners = torch.full(shape, -2)
-        for index, (ids, places, owner, wanted, _) in enumerate(rows):
-            size = len(ids)
-            tokens[index, :size] = torch.tensor(ids)
-            positions[index, :size] = torch.tensor(places)
-            owners[index, :size] = torch.tensor(owner)
-            for at, target, weight in wanted:
-                targets[index, at] = target
-                weights[index, at] = weight
-        causal = torch.ones(length, length, dtype=torch.bool).tril()
-        shared = (owners[:, None, :] == -1) | (owners[:, :, None] == owners[:, None, :])
-        mask = torch.zeros(len(rows), 1, length, length).masked_fill_(~(shared & causal)[:, None], -1e9)
-        return Packed(tokens, positions, mask, targets, weights, [row[4] for row in rows])
-
-    def _row(
-        self, visual: int, asked: list[Question]
-    ) -> tuple[list[int], list[int], list[int], list[tuple[int, int, float]], list[tuple[str, int, int]]]:
-        ids = self.prefix + [self.video_token] * visual
-        places, owner = list(range(len(ids))), [-1] * len(ids)
-        start = len(ids)
-        wanted, kinds = [], []
-        for number, question in enumerate(asked):
-            prompt = self._encode(f"\n{question.text}<|im_end|>\n<|im_start|>assistant\n")
-            answer = self._encode(f"{question.answer}<|im_end|>")
-            first = len(ids) + len(prompt) - 1
-            weight = 1.0 / len(answer) if question.kind == "caption" else 1.0
-            wanted += [(first + step, token, weight) for step, token in enumerate(answer)]
-            kinds.append((question.kind, first, first + len(answer)))
-            ids += prompt + answer
-            places += range(start, start + len(prompt) + len(answer))
-            owner += [number] * (len(prompt) + len(answer))
-        return ids, places, owner, wanted, kinds
 
 
 def batches(count: int, size: int, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:

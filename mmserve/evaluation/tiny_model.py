@@ -1,12 +1,13 @@
-"""Geometry, tokenizer and file layout of the embedded model `tiny`.
+"""Geometry, tokenizer and file layout of the embedded model `tiny` and of its draft sibling.
 
-A LLaVA-OneVision checkpoint of a few million parameters. Knows nothing about training or data
-beyond the vocabulary of ClipWorld.
+LLaVA-OneVision checkpoints of a few million parameters. Knows nothing about training or data beyond the
+vocabulary of ClipWorld.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -49,6 +50,22 @@ EXTRA_WORDS = (
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Geometry:
+    """Widths and depths of the vision tower and of the language model."""
+
+    tower_width: int
+    tower_layers: int
+    width: int
+    inner: int
+    layers: int
+    head: int
+
+
+TINY = Geometry(tower_width=160, tower_layers=4, width=256, inner=640, layers=6, head=64)
+DRAFT = Geometry(tower_width=96, tower_layers=3, width=128, inner=384, layers=4, head=32)
+
+
 def _corpus() -> list[str]:
     """Text whose words the tokenizer should hold whole, with and without a leading space."""
     lines = []
@@ -78,12 +95,12 @@ def build_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def build_config(tokenizer: Tokenizer) -> LlavaOnevisionConfig:
+def build_config(tokenizer: Tokenizer, geometry: Geometry = TINY) -> LlavaOnevisionConfig:
     ids = {token: tokenizer.token_to_id(token) for token in SPECIAL}
     vision = SiglipVisionConfig(
-        hidden_size=160,
-        intermediate_size=640,
-        num_hidden_layers=4,
+        hidden_size=geometry.tower_width,
+        intermediate_size=4 * geometry.tower_width,
+        num_hidden_layers=geometry.tower_layers,
         num_attention_heads=4,
         image_size=IMAGE_SIDE,
         patch_size=PATCH,
@@ -91,12 +108,12 @@ def build_config(tokenizer: Tokenizer) -> LlavaOnevisionConfig:
     )
     text = Qwen2Config(
         vocab_size=1024,
-        hidden_size=256,
-        intermediate_size=640,
-        num_hidden_layers=6,
+        hidden_size=geometry.width,
+        intermediate_size=geometry.inner,
+        num_hidden_layers=geometry.layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=64,
+        head_dim=geometry.head,
         max_position_embeddings=8192,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=True,

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from mmserve.errors import WireError
-from mmserve.kv.table import IntArray, PageTable, SlotArray
+from mmserve.kv.table import IntArray, PageTable, SlotArray, Turns
+from mmserve.models.rope import rope_angles, rotate
 
 
 def num_pages_for(memory_bytes: int, *, page_size: int, head_dim: int, dtype: torch.dtype) -> int:
@@ -27,7 +28,7 @@ class KVExport:
 
     lengths: IntArray  # [layers, kv_heads]
     order: IntArray  # [total]
-    position: IntArray  # [total]
+    position: IntArray  # [total], or [total, axes]
     k: Tensor  # [total, d]
     v: Tensor  # [total, d]
 
@@ -72,6 +73,16 @@ class PageStore:
         """Copy slots; a destination may be another's source."""
         self.write(destination, *self.read(source))
 
+    def rerotate(self, turns: Turns, frequencies: Tensor) -> None:
+        """Copy slots, keys turned by `delta` positions. `frequencies` are the model's, [d / 2].
+
+        Turning all axes of a position alike is turning one: the keys need not be of one axis.
+        """
+        k, v = self.read(turns.source)
+        delta = torch.from_numpy(turns.delta).to(k.device)
+        cos, sin = rope_angles(delta, frequencies.to(k.device), torch.float32)
+        self.write(turns.destination, rotate(k.float()[:, None], cos, sin), v)
+
     def export(self, table: PageTable, sequence: str) -> KVExport:
         """Everything a sequence has, as plain arrays."""
         heads = [(layer, head) for layer in range(table.layers) for head in range(table.kv_heads)]
@@ -93,7 +104,8 @@ class PageStore:
             raise WireError(f"Expected KV lengths of shape {heads}, none negative, but got {lengths.shape}")
         total = int(lengths.sum(dtype=np.int64))
         expected = (total, self.k.shape[-1])
-        if export.order.shape != (total,) or export.position.shape != (total,):
+        positions = (total,) if table.axes == 1 else (total, table.axes)
+        if export.order.shape != (total,) or export.position.shape != positions:
             raise WireError(f"Expected order and position of {total} KV slots, but got {export.order.shape}")
         if export.k.shape != expected or export.v.shape != expected:
             raise WireError(f"Expected keys and values of shape {expected}, but got {tuple(export.k.shape)}")

@@ -6,7 +6,7 @@ contents, and the flat slots returned here (page * page_size + offset) address i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from mmserve.errors import MMServeError
 from mmserve.kv.pool import PagePool, Pages
+from mmserve.kv.sequence import IntArray as IntArray
+from mmserve.kv.sequence import Runs, SequenceState
+from mmserve.kv.sequence import SlotArray as SlotArray
 
-IntArray = NDArray[np.int32]
-SlotArray = NDArray[np.int64]
 NO_ORDER = np.iinfo(np.int32).max  # pads `orders`: later than every query
 
 
@@ -35,35 +36,32 @@ class Moves(NamedTuple):
     destination: SlotArray
 
 
-@dataclass(slots=True)
-class _Sequence:
-    """Pages and slots of one sequence.
+class Turns(NamedTuple):
+    """`Moves` on which keys also turn: each by `delta` positions."""
 
-    `order` and `position` are [1, 1, capacity] while all heads are alike, [layers, heads, capacity]
-    after the first `keep`.
-    """
-
-    pages: Pages  # [layers, heads, capacity], -1 where not owned
-    owned: IntArray  # [layers, heads], pages of each head
-    lengths: IntArray  # [layers, heads], slots of each head
-    order: IntArray
-    position: IntArray
+    source: SlotArray
+    destination: SlotArray
+    delta: IntArray
 
 
 class PageTable:
     """Page lists, slot orders and RoPE positions of every sequence.
 
     Invariants: a page has one place in at most one head of a sequence; a page with several owners is
-    full and is never written; a head owns the pages of its slots and those it reserved.
+    full and is never written; a head owns the pages of its slots and those it reserved. `axes` is the
+    number of RoPE positions per slot; with 1, positions are [n], otherwise [n, axes].
     """
 
-    def __init__(self, layers: int, kv_heads: int, num_pages: int, page_size: int = 32) -> None:
+    def __init__(
+        self, layers: int, kv_heads: int, num_pages: int, page_size: int = 32, axes: int = 1
+    ) -> None:
         self.layers = layers
         self.kv_heads = kv_heads
         self.num_pages = num_pages
         self.page_size = page_size
+        self.axes = axes
         self._pool = PagePool(num_pages)
-        self._sequences: dict[str, _Sequence] = {}
+        self._sequences: dict[str, SequenceState] = {}
 
     @property
     def free_pages(self) -> int:
@@ -77,6 +75,14 @@ class PageTable:
         """Pages that a new sequence of `slots` slots in every head takes."""
         return self.layers * self.kv_heads * -(-slots // self.page_size)
 
+    @property
+    def num_sequences(self) -> int:
+        return len(self._sequences)
+
+    def owned_pages(self, sequence: str) -> int:
+        """Pages of a sequence, shared or not, over all layers and heads."""
+        return int(self._sequences[sequence].owned.sum())
+
     def __contains__(self, sequence: str) -> bool:
         return sequence in self._sequences
 
@@ -86,29 +92,31 @@ class PageTable:
         """Whether `slots` more slots per head fit; None stands for a new sequence."""
         if sequence is None or sequence not in self._sequences:
             return self.pages_for(slots) <= self.free_pages
-        return int(self._missing(self._sequences[sequence], slots).sum()) <= self.free_pages
+        state = self._sequences[sequence]
+        return slots <= state.room or int(state.missing(slots).sum()) <= self.free_pages
+
+    def missing_pages(self, sequence: str, slots: int) -> int:
+        """Pages that `slots` more slots per head of a sequence take; a new one is created by taking them."""
+        state = self._sequences.get(sequence)
+        if state is None:
+            return self.pages_for(slots)
+        return 0 if slots <= state.room else int(state.missing(slots).sum())
 
     def reserve(self, sequence: str, slots: int) -> None:
         """Own pages for `slots` more slots per head, contiguous where possible; creates the sequence."""
         state = self._sequences.get(sequence) or self._new()
-        missing = self._missing(state, slots)
-        self._demand(int(missing.sum()))
+        if slots > state.room:
+            self._grow(state, state.missing(slots))
         self._sequences[sequence] = state
-        self._grow(state, missing)
 
     def append(self, sequence: str, order: IntArray, position: IntArray) -> SlotArray:
         """New slots at the end of every head: flat slots [layers, kv_heads, n]. Creates the sequence."""
         assert order.ndim == 1, "order is one value per slot"
-        assert order.shape == position.shape, "order and position are of equal length"
+        position = self._with_axes(position, len(order))
         self.reserve(sequence, len(order))
         state = self._sequences[sequence]
-        self._grow_metadata(state, int(state.lengths.max()) + len(order))
-        index = state.lengths[..., None] + np.arange(len(order))  # [layers, heads, n]
-        some = index[: state.order.shape[0], : state.order.shape[1]]
-        np.put_along_axis(state.order, some, order.astype(np.int32)[None, None], axis=2)
-        np.put_along_axis(state.position, some, position.astype(np.int32)[None, None], axis=2)
-        state.lengths += len(order)
-        return self._flat(state, index)
+        state.append(order, position)
+        return state.tail(len(order))
 
     def restore(self, sequence: str, lengths: IntArray, order: IntArray, position: IntArray) -> SlotArray:
         """A new sequence with these `lengths` [layers, kv_heads]; returns its flat slots [sum of lengths].
@@ -117,24 +125,17 @@ class PageTable:
         """
         assert sequence not in self._sequences, f"sequence {sequence} exists"
         state = self._new()
-        missing = -(-lengths.astype(np.int32) // self.page_size)
-        self._demand(int(missing.sum()))
+        state.lengths = lengths.astype(np.int32)
+        self._grow(state, state.missing(0))
         self._sequences[sequence] = state
-        self._grow(state, missing)
-        state.lengths[:] = lengths
-        index = np.broadcast_to(np.arange(lengths.max()), (*lengths.shape, int(lengths.max())))
+        index = np.broadcast_to(np.arange(state.longest), (*lengths.shape, state.longest))
         mask = index < lengths[..., None]
         state.order = np.zeros(mask.shape, np.int32)
-        state.position = np.zeros(mask.shape, np.int32)
+        state.position = np.zeros((*mask.shape, self.axes), np.int32)
         state.order[mask] = order
-        state.position[mask] = position
-        alike = (lengths == lengths[0, 0]).all() and all(
-            (field == field[:1, :1]).all() for field in (state.order, state.position)
-        )
-        if alike:
-            state.order = state.order[:1, :1].copy()
-            state.position = state.position[:1, :1].copy()
-        return self._flat(state, np.where(mask, index, 0))[mask]
+        state.position[mask] = self._with_axes(position, len(order))
+        state.unite()
+        return state.flat(np.where(mask, index, 0))[mask]
 
     # reading
 
@@ -157,15 +158,19 @@ class PageTable:
         """Flat slots of the last `count` slots of every head, int64 [layers, kv_heads, count]."""
         state = self._sequences[sequence]
         assert int(state.lengths.min()) >= count, "a head has fewer slots"
-        return self._flat(state, state.lengths[..., None] - count + np.arange(count))
+        return state.tail(count)
+
+    def runs(self, sequence: str) -> Runs:
+        """Where the slots of every head lie: one run if all was reserved at once and nothing was dropped."""
+        return self._sequences[sequence].runs()
 
     def orders(self, sequence: str, layer: int) -> IntArray:
         """Orders of one layer's slots, int32 [kv_heads, longest] padded with `NO_ORDER`; [1, n] if alike."""
         state = self._sequences[sequence]
+        if state.is_alike:
+            return state.order[0, :, : state.longest]
         lengths = state.lengths[layer]
         longest = int(lengths.max())
-        if state.order.shape[0] == 1:
-            return state.order[0, :, :longest]
         return np.where(np.arange(longest) < lengths[:, None], state.order[layer, :, :longest], NO_ORDER)
 
     def order(self, sequence: str, layer: int, head: int) -> IntArray:
@@ -174,9 +179,10 @@ class PageTable:
         return self._row(state.order, layer, head)[: state.lengths[layer, head]].copy()
 
     def position(self, sequence: str, layer: int, head: int) -> IntArray:
-        """RoPE position with which each slot's key was rotated, int32 [length]."""
+        """RoPE position with which each slot's key was rotated, int32 [length] or [length, axes]."""
         state = self._sequences[sequence]
-        return self._row(state.position, layer, head)[: state.lengths[layer, head]].copy()
+        rows = self._row(state.position, layer, head)[: state.lengths[layer, head]].copy()
+        return rows[:, 0] if self.axes == 1 else rows
 
     # shrinking and sharing
 
@@ -196,22 +202,35 @@ class PageTable:
         need = -(-len(slots) // self.page_size)
         if need <= self.free_pages:
             pages, gone = self._pool.take(need), old
-        elif self._pool.is_private(old):
+        elif self._pool.is_unshared(old).all():
             pages, gone = old[:need], old[need:]
         else:
             raise OutOfPages(f"Expected {need} free KV pages to keep, but got {self.free_pages}")
         self._pool.release(gone)
-        if state.order.shape[0] == 1:
-            shape = (self.layers, self.kv_heads, state.order.shape[2])
-            state.order = np.broadcast_to(state.order, shape).copy()
-            state.position = np.broadcast_to(state.position, shape).copy()
-        for field in (state.order, state.position):
-            field[layer, head, : len(slots)] = field[layer, head, slots]
-        state.pages[layer, head] = -1
-        state.pages[layer, head, :need] = pages
-        state.owned[layer, head] = need
-        state.lengths[layer, head] = len(slots)
+        state.replace(layer, head, pages, slots)
         return Moves(self._address(old, slots), self._address(pages, np.arange(len(slots))))
+
+    def rerotate(self, sequence: str, layer: int, head: int | None, delta: int | IntArray) -> Turns:
+        """Move the slots of a head (None: of every head of the layer) to fresh pages and other positions.
+
+        `delta` is what to add to each slot's position, on every axis. What the heads had reserved is
+        given back. The source is never written, so no key is turned twice, whoever shares it.
+        """
+        state = self._sequences[sequence]
+        heads = range(self.kv_heads) if head is None else [head]
+        need = -(-state.lengths[layer] // self.page_size)
+        self._demand(int(sum(need[one] for one in heads)))
+        turns = []
+        for one in heads:
+            slots = np.arange(state.lengths[layer, one])
+            old = state.pages[layer, one, : state.owned[layer, one]].copy()
+            pages = self._pool.take(int(need[one]))
+            state.replace(layer, one, pages, slots)
+            deltas = np.broadcast_to(np.asarray(delta, np.int32), slots.shape)
+            state.position[layer, one, : len(slots)] += deltas[:, None]
+            turns.append(Turns(self._address(old, slots), self._address(pages, slots), deltas))
+            self._pool.release(old)
+        return Turns(*(np.concatenate(parts) for parts in zip(*turns, strict=True)))
 
     def fork(self, parent: str, child: str) -> Moves:
         """A new sequence with the parent's slots: full pages are shared, partly filled ones copied."""
@@ -224,89 +243,89 @@ class PageTable:
         shared = np.arange(old.pages.shape[2]) < full[..., None]
         state.pages = np.where(shared, old.pages, -1).astype(np.int32)
         state.owned = full.astype(np.int32)
-        self._pool.share(state.pages[state.pages >= 0])
-        self._grow(state, partial)
         state.lengths = old.lengths.copy()
         state.order, state.position = old.order.copy(), old.position.copy()
+        self._pool.share(state.held)
+        self._grow(state, partial)
         self._sequences[child] = state
         offsets = np.arange(self.page_size)
         index = np.minimum(full[..., None] * self.page_size + offsets, old.lengths[..., None] - 1)
         mask = offsets < rest[..., None]
         index = np.maximum(index, 0)
-        return Moves(self._flat(old, index)[mask], self._flat(state, index)[mask])
+        return Moves(old.flat(index)[mask], state.flat(index)[mask])
 
     def release(self, sequence: str) -> None:
         """Give up every page of a sequence and forget it."""
-        state = self._sequences.pop(sequence)
-        self._pool.release(state.pages[state.pages >= 0])
+        self._pool.release(self._sequences.pop(sequence).held)
 
-    def check(self) -> None:
-        """Assert the invariants; for tests and idle moments."""
-        self._pool.check([state.pages[state.pages >= 0] for state in self._sequences.values()])
+    # pages without a sequence, as a prefix cache holds them: [layers, kv_heads, n]
+
+    def share(self, sequence: str, first_page: int, count: int) -> Pages:
+        """Full pages of a sequence whose heads are alike; the caller owns them too, until `drop`."""
+        state = self._sequences[sequence]
+        assert state.is_alike, "heads have lost different slots"
+        assert (first_page + count) * self.page_size <= state.longest, "a shared page is full"
+        pages = state.pages[:, :, first_page : first_page + count].copy()
+        self._pool.share(pages.reshape(-1))
+        return pages
+
+    def adopt(self, sequence: str, pages: Pages, order: IntArray, position: IntArray) -> None:
+        """A new sequence whose first slots are these shared, full pages; the caller keeps its own share."""
+        assert sequence not in self._sequences, f"sequence {sequence} exists"
+        count = pages.shape[2]
+        assert pages.shape == (self.layers, self.kv_heads, count), "pages are [layers, kv_heads, n]"
+        assert order.shape == (count * self.page_size,), "adopted pages are full"
+        state = self._new()
+        state.grow(np.full(pages.shape[:2], count, np.int32), pages.reshape(-1))
+        state.append(order, self._with_axes(position, len(order)))
+        self._pool.share(pages.reshape(-1))
+        self._sequences[sequence] = state
+
+    def drop(self, pages: Pages) -> None:
+        """Give up what `share` returned; pages without another owner become free."""
+        self._pool.release(pages.reshape(-1))
+
+    def is_unshared(self, pages: Pages) -> NDArray[np.bool_]:
+        """Which of these pages `drop` would free."""
+        return self._pool.is_unshared(pages)
+
+    def check(self, extra_owners: Iterable[Pages] = ()) -> None:
+        """Assert the invariants; for tests and idle moments. `extra_owners` holds what `share` returned."""
+        owned = [state.held for state in self._sequences.values()]
+        self._pool.check([*owned, *(pages.reshape(-1) for pages in extra_owners)])
         for state in self._sequences.values():
             columns = np.arange(state.pages.shape[2])
             assert np.array_equal(state.pages >= 0, columns < state.owned[..., None]), "page lists have holes"
             assert (state.lengths <= state.owned * self.page_size).all(), "slots without pages"
             written = state.lengths // self.page_size  # whole pages
             private = state.pages[(columns >= written[..., None]) & (state.pages >= 0)]
-            assert self._pool.is_private(private), "a page that may be written is shared"
+            assert self._pool.is_unshared(private).all(), "a page that may be written is shared"
 
     # inside
 
-    def _new(self) -> _Sequence:
-        heads = (self.layers, self.kv_heads)
-        return _Sequence(
-            np.empty((*heads, 0), np.int32),
-            np.zeros(heads, np.int32),
-            np.zeros(heads, np.int32),
-            np.empty((1, 1, 0), np.int32),
-            np.empty((1, 1, 0), np.int32),
-        )
-
-    def _missing(self, state: _Sequence, slots: int) -> IntArray:
-        needed = -(-(state.lengths + slots) // self.page_size)
-        missing: IntArray = np.maximum(needed - state.owned, 0)
-        return missing
+    def _new(self) -> SequenceState:
+        return SequenceState.empty(self.layers, self.kv_heads, self.page_size, self.axes)
 
     def _demand(self, pages: int) -> None:
         if pages > self.free_pages:
             raise OutOfPages(f"Expected {pages} free KV pages, but got {self.free_pages}")
 
-    def _grow(self, state: _Sequence, missing: IntArray) -> None:
+    def _grow(self, state: SequenceState, missing: IntArray) -> None:
         """Add `missing` fresh pages to each head; taken together, so that each head gets a run of its own."""
-        target = state.owned + missing
-        width = int(target.max())
-        if width > state.pages.shape[2]:
-            state.pages = _widened(state.pages, width, -1)
-        columns = np.arange(state.pages.shape[2])
-        mask = (columns >= state.owned[..., None]) & (columns < target[..., None])
-        state.pages[mask] = self._pool.take(int(missing.sum()))
-        state.owned = target.astype(np.int32)
+        count = int(missing.sum())
+        self._demand(count)
+        state.grow(missing, self._pool.take(count))
 
-    def _grow_metadata(self, state: _Sequence, slots: int) -> None:
-        if slots > state.order.shape[2]:
-            state.order = _widened(state.order, slots, 0)
-            state.position = _widened(state.position, slots, 0)
-
-    def _flat(self, state: _Sequence, index: SlotArray) -> SlotArray:
-        """Flat slots of slot indices [layers, heads, n]."""
-        if state.pages.shape[2] == 0:
-            return np.zeros(index.shape, np.int64)
-        page, offset = np.divmod(index, self.page_size)
-        pages = np.take_along_axis(state.pages, page, axis=2).astype(np.int64)
-        return pages * self.page_size + offset
+    def _with_axes(self, position: IntArray, slots: int) -> IntArray:
+        """Positions as [slots, axes]; with one axis, [slots] stands for [slots, 1]."""
+        expected = (slots,) if self.axes == 1 else (slots, self.axes)
+        assert position.shape == expected, f"positions are of shape {expected}"
+        return position.reshape(slots, self.axes)
 
     def _address(self, pages: Pages, index: SlotArray) -> SlotArray:
         """Flat slots of slot indices within one head's pages."""
         return pages.astype(np.int64)[index // self.page_size] * self.page_size + index % self.page_size
 
     def _row(self, field: IntArray, layer: int, head: int) -> IntArray:
-        row: IntArray = field[0, 0] if field.shape[0] == 1 else field[layer, head]
+        row: IntArray = field[0, 0] if field.shape[:2] == (1, 1) else field[layer, head]
         return row
-
-
-def _widened(array: IntArray, width: int, fill: int) -> IntArray:
-    """A copy whose last axis is at least doubled to hold `width`, so that growth stays cheap."""
-    wider = np.full((*array.shape[:2], max(width, 2 * array.shape[2])), fill, np.int32)
-    wider[..., : array.shape[2]] = array
-    return wider

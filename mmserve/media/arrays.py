@@ -6,7 +6,7 @@ Knows nothing about codecs. Files are mapped, never unpickled.
 from __future__ import annotations
 
 import math
-import secrets
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mmserve.errors import BadRequest, MediaError
-from mmserve.media.digest import file_digest
 from mmserve.media.limits import MediaLimits
 from mmserve.media.plan import MediaPlan
+from mmserve.media.store import ContentStore
 from mmserve.request import MediaRef
 
 Frames = npt.NDArray[np.uint8]
@@ -24,9 +24,9 @@ SUFFIX = ".npy"
 
 
 def save_frames(
-    frames: Frames, directory: str | Path, modality: Literal["image", "video"], fps: float | None = None
+    frames: Frames, store: ContentStore, modality: Literal["image", "video"], fps: float | None = None
 ) -> MediaRef:
-    """Store an image [H, W, 3] or frames [T, H, W, 3] content-addressed and refer to them."""
+    """Store an image [H, W, 3] or frames [T, H, W, 3] and refer to them; the caller holds the file."""
     if frames.dtype != np.uint8 or frames.ndim not in (3, 4) or frames.shape[-1] != 3 or frames.size == 0:
         found = f"{frames.dtype} {list(frames.shape)}"
         raise BadRequest(f"Expected uint8 pixels of shape [H, W, 3] or [T, H, W, 3], but got {found}")
@@ -35,18 +35,14 @@ def save_frames(
     if modality == "video" and not (fps is not None and 0 < fps < math.inf):
         raise BadRequest(f"Expected fps above 0 with an array of frames, but got {fps}")
     stacked = frames if frames.ndim == 4 else frames[None]
-    part = Path(directory) / f"{secrets.token_hex(16)}.part"
-    try:
-        with open(part, "xb") as file:
-            np.save(file, np.ascontiguousarray(stacked), allow_pickle=False)
-        digest = file_digest(part)
-        path = part.replace(part.with_name(f"{digest}{SUFFIX}"))
-    finally:
-        part.unlink(missing_ok=True)
+    # it is in memory already, so its size needs no limit
+    with store.incoming(sys.maxsize) as file:
+        np.save(file, np.ascontiguousarray(stacked), allow_pickle=False)
+        stored = file.finish(SUFFIX)
     return MediaRef(
         modality=modality,
-        path=str(path),
-        digest=digest,
+        path=str(stored.path),
+        digest=stored.digest,
         source="array",
         array_fps=fps if modality == "video" else None,
     )

@@ -33,8 +33,8 @@ class ContentStore:
     def incoming(self, max_bytes: int) -> IncomingFile:
         return IncomingFile(self, max_bytes)
 
-    def put(self, part: Path, digest: str) -> StoredFile:
-        path = self.directory / digest
+    def put(self, part: Path, digest: str, suffix: str = "") -> StoredFile:
+        path = self.directory / f"{digest}{suffix}"
         with self._lock:
             part.replace(path)
             self._holders[path] = self._holders.get(path, 0) + 1
@@ -63,16 +63,16 @@ class IncomingFile:
         self._part = store.directory / f"{secrets.token_hex(16)}.part"
         self._file = open(self._part, "xb")  # noqa: SIM115 - closed by __exit__
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes) -> int:
         self._size += len(data)
         if self._size > self._max_bytes:
             raise TooLarge(f"Expected at most {self._max_bytes} bytes of media, but got more")
         self._hash.update(data)
-        self._file.write(data)
+        return self._file.write(data)
 
-    def finish(self) -> StoredFile:
+    def finish(self, suffix: str = "") -> StoredFile:
         self._file.close()
-        return self._store.put(self._part, self._hash.hexdigest())
+        return self._store.put(self._part, self._hash.hexdigest(), suffix)
 
     def __enter__(self) -> IncomingFile:
         return self

@@ -185,11 +185,16 @@ class Detokenizer:
     """Turns a growing list of token ids into text that never changes once given out.
 
     Text is held back while it ends in an unfinished character or could be the start of a stop
-    string; a stop string itself is never given out.
+    string; a stop string itself is given out only with `keeps_stop`. One that ends within the first
+    `min_tokens` is text like any other.
     """
 
-    def __init__(self, chat: ChatFormat, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, chat: ChatFormat, stop: Sequence[str] = (), *, keeps_stop: bool = False, min_tokens: int = 0
+    ) -> None:
         self._chat = chat
+        self._keeps_stop = keeps_stop
+        self._min_tokens = min_tokens
         self._stop = tuple(text for text in stop if text)
         self._ids: list[int] = []
         self._settled = 0  # ids whose text is final
@@ -221,9 +226,11 @@ class Detokenizer:
 
     def _release(self, text: str) -> str:
         text, self._held = self._held + text, ""
-        if found := [at for stop in self._stop if (at := text.find(stop)) >= 0]:
+        found = [(at, len(stop)) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found and len(self._ids) > self._min_tokens:
             self.stopped = True
-            return text[: min(found)]
+            at, length = min(found)
+            return text[: at + length if self._keeps_stop else at]
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

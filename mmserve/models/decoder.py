@@ -7,12 +7,13 @@ batch. Knows nothing about sequences, pages or images.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mmserve.models.linear import Linear
 from mmserve.models.rope import rope_angles, rope_frequencies, rotate
 
 
@@ -53,37 +54,37 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    """`qkv_proj` is the three projections of a checkpoint in one, queries first."""
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        q_size, kv_size = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.o_bias)
+        self.heads, self.kv_heads = config.heads, config.kv_heads
+        width = (config.heads + 2 * config.kv_heads) * config.head_dim
+        self.qkv_proj = Linear(config.hidden_size, width, bias=config.qkv_bias)
+        self.o_proj = Linear(config.heads * config.head_dim, config.hidden_size, bias=config.o_bias)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend) -> Tensor:
-        heads = (len(x), -1, self.head_dim)
-        q = rotate(self.q_norm(self.q_proj(x).view(heads)), cos, sin)
-        k = rotate(self.k_norm(self.k_proj(x).view(heads)), cos, sin)
-        out = attend(layer, q, k, self.v_proj(x).view(heads))
-        projected: Tensor = self.o_proj(out.reshape(len(x), -1))
-        return projected
+    def forward(
+        self, x: Tensor, residual: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend
+    ) -> Tensor:
+        heads = self.qkv_proj(x).view(len(x), -1, self.head_dim)
+        q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        out = attend(layer, rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v)
+        return self.o_proj.plus(out.reshape(len(x), -1), residual)
 
 
 class MLP(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         outer, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(outer, inner, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(outer, inner, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(inner, outer, bias=config.mlp_bias)
+        self.gate_proj = Linear(outer, inner, bias=config.mlp_bias)
+        self.up_proj = Linear(outer, inner, bias=config.mlp_bias)
+        self.down_proj = Linear(inner, outer, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
-        return out
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.down_proj.plus(self.up_proj.times(x, self.gate_proj.silu(x)), residual)
 
 
 class Layer(nn.Module):
@@ -95,13 +96,16 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layer, attend)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        x = self.self_attn(self.input_layernorm(x), x, cos, sin, layer, attend)
+        out: Tensor = self.mlp(self.post_attention_layernorm(x), x)
         return out
 
 
 class TextDecoder(nn.Module):
-    """Parameter names are those of a checkpoint's language model, so weights load without renaming."""
+    """Parameter names are those of a checkpoint's language model but for what `MERGED` says."""
+
+    # our parameter -> those of the checkpoint that are stacked into it
+    MERGED: ClassVar[dict[str, tuple[str, ...]]] = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -109,7 +113,7 @@ class TextDecoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = None if config.tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = None if config.tied else Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings [N, D] of token ids [N]."""
@@ -127,5 +131,7 @@ class TextDecoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 scores [N, V] over the vocabulary."""
-        weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return functional.linear(hidden, weight).float()
+        if self.lm_head is None:
+            return functional.linear(hidden, self.embed_tokens.weight).float()
+        scores: Tensor = self.lm_head(hidden)
+        return scores.float()

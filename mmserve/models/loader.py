@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,8 +22,11 @@ from mmserve.encoders.base import VisionEncoder
 from mmserve.encoders.siglip import SiglipEncoder
 from mmserve.errors import ConfigError
 from mmserve.models.decoder import DecoderConfig, TextDecoder
+from mmserve.models.linear import pack_linears
 from mmserve.models.resolve import resolve
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MIN_BF16_WIDTH = 512  # below, products in float32 are as fast, and exact
 FAMILIES = ("llava_onevision",)
 TEXT_FAMILIES = ("qwen2", "qwen3", "llama")
 # both the present key layout of transformers and the one of older checkpoints
@@ -45,29 +50,37 @@ class Checkpoint:
     device: str
 
 
-def load_checkpoint(
-    path_or_name: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
-) -> Checkpoint:
-    """Find a checkpoint and check that it can be served; without `dtype`, its own."""
+def load_checkpoint(path_or_name: str | Path, dtype: str = "auto", device: str = "cpu") -> Checkpoint:
+    """Find a checkpoint and check that it can be served; `auto` is its own dtype where it is of use."""
     path = resolve(path_or_name)
     config = _read_config(path)
     has_head = any(name == "text.lm_head.weight" for name, _, _ in _keys(path))
     tied = config.tie_word_embeddings or (config.text_config.tie_word_embeddings and not has_head)
+    text = decoder_config(config.text_config, tied=tied)
     own = config.dtype or config.text_config.dtype or torch.float32
     return Checkpoint(
         path=path,
         config=config,
-        text=decoder_config(config.text_config, tied=tied),
-        dtype=dtype or own,
+        text=text,
+        dtype=_automatic(own, text.hidden_size, device) if dtype == "auto" else DTYPES[dtype],
         device=device,
     )
+
+
+def _automatic(own: torch.dtype, width: int, device: str) -> torch.dtype:
+    """On a CPU bf16 is faster where it multiplies it natively, and only in products of some size."""
+    if device != "cpu":
+        return own
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return own if own is torch.bfloat16 and native and width >= MIN_BF16_WIDTH else torch.float32
 
 
 def load_decoder(checkpoint: Checkpoint) -> TextDecoder:
     """The language model, ready for inference."""
     with torch.device("meta"):
         decoder = TextDecoder(checkpoint.text)
-    _fill(decoder, checkpoint, "text.")
+    _fill(decoder, checkpoint, "text.", TextDecoder.MERGED)
+    pack_linears(decoder)
     return decoder
 
 
@@ -188,10 +201,17 @@ def _keys(path: Path) -> list[tuple[str, str, Path]]:
     return found
 
 
-def _fill(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> None:
+def _fill(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    prefix: str,
+    merged: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
+) -> None:
     """Read the weights that `module` has, and make it ready for inference."""
-    wanted = {prefix + name: tensor.shape for name, tensor in module.state_dict().items()}
-    state: dict[str, Tensor] = {}
+    shapes = {prefix + name: tensor.shape for name, tensor in module.state_dict().items()}
+    parts = {name: _parts(name, merged) for name in shapes}
+    wanted = {part for names in parts.values() for part in names}
+    found: dict[str, Tensor] = {}
     by_file: dict[Path, list[tuple[str, str]]] = {}
     for name, key, file in _keys(checkpoint.path):
         if name in wanted:
@@ -199,13 +219,35 @@ def _fill(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> None:
     for file, names in by_file.items():
         with safe_open(file, framework="pt", device=checkpoint.device) as tensors:
             for name, key in names:
-                state[name] = tensors.get_tensor(key).to(checkpoint.dtype)
-    wrong = [name for name, shape in wanted.items() if name not in state or state[name].shape != shape]
-    if wrong:
-        raise ConfigError(f"Expected weight {wrong[0]} as config.json says, but it is absent or misshapen")
-    module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in state.items()}, assign=True)
+                found[name] = tensors.get_tensor(key).to(checkpoint.dtype)
+    state: dict[str, Tensor] = {}
+    for name, theirs in parts.items():
+        pieces = [found.pop(part) for part in theirs if part in found]
+        whole = _stacked(pieces) if len(pieces) == len(theirs) else None
+        if whole is None or whole.shape != shapes[name]:
+            raise ConfigError(
+                f"Expected weight {' and '.join(theirs)} as config.json says, but it is absent or misshapen"
+            )
+        state[name.removeprefix(prefix)] = whole
+    module.load_state_dict(state, assign=True)
     module.requires_grad_(False)
     module.eval()
+
+
+def _parts(name: str, merged: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """The checkpoint's tensors that make up our parameter `name`."""
+    for ours, theirs in merged.items():
+        if f".{ours}." in name:
+            return tuple(name.replace(f".{ours}.", f".{part}.") for part in theirs)
+    return (name,)
+
+
+def _stacked(pieces: list[Tensor]) -> Tensor | None:
+    if len(pieces) == 1:
+        return pieces[0]
+    if any(piece.shape[1:] != pieces[0].shape[1:] for piece in pieces):
+        return None
+    return torch.cat(pieces)
 
 
 def _file_digest(file: Path) -> str:

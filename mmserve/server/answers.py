@@ -19,7 +19,16 @@ from mmserve.errors import MMServeError, Unavailable
 from mmserve.generation import Generation
 from mmserve.metrics import Metrics
 from mmserve.models.chat import ChatFormat
-from mmserve.request import Chunk, Completion, FinishReason, MediaOptions, MediaRef, Methods, Modality, Prompt
+from mmserve.request import (
+    Chunk,
+    FinishReason,
+    MediaOptions,
+    MediaRef,
+    Methods,
+    Modality,
+    Prompt,
+    RequestOutput,
+)
 from mmserve.sampling import SamplingParams
 from mmserve.server.feed import Feed, SlowReader
 from mmserve.workers.pipeline import Pipeline
@@ -38,7 +47,7 @@ class Fetches(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """A request for one answer, checked."""
+    """A request for answers to one conversation, checked."""
 
     conversation: Conversation
     sampling: SamplingParams
@@ -63,7 +72,7 @@ class Door:
         """Admit, fetch, start. Raises what is wrong; then nothing is left behind."""
         if self.is_draining:
             raise Unavailable("The server is shutting down")
-        answer = await self._admit()
+        answer = await self._admit(call.sampling)
         try:
             started_at = time.perf_counter()
             media = await self._fetch(call.conversation.media, answer)
@@ -98,11 +107,11 @@ class Door:
         for answer in tuple(self._inside):
             answer.generation.cancel()
 
-    async def _admit(self) -> Answer:
-        """A place in the pipeline. The pipeline's thread is asked, so not on the event loop."""
+    async def _admit(self, sampling: SamplingParams) -> Answer:
+        """Places in the pipeline. Its thread is asked, so not on the event loop."""
         answer = Answer(self, asyncio.get_running_loop())
         admission = asyncio.ensure_future(
-            asyncio.to_thread(Generation, self.pipeline, self.chat, answer.feed.put)
+            asyncio.to_thread(Generation, self.pipeline, self.chat, sampling, answer.feed.put)
         )
         try:
             answer.generation = await asyncio.shield(admission)
@@ -142,24 +151,25 @@ class Answer:
         self.held: list[MediaRef] = []
         self._outcome: str | None = None
 
-    async def next(self) -> Chunk | Completion:
-        """The next chunk or, last, the completion; raises the error the request ended with."""
+    async def next(self) -> Chunk | RequestOutput:
+        """The next chunk or, last, the output; raises the error the request ended with."""
         news = await self.feed.get()
-        if isinstance(news, Completion):
-            if news.finish_reason is FinishReason.CANCELLED:
+        if isinstance(news, RequestOutput):
+            reasons = [output.finish_reason for output in news.outputs]
+            if FinishReason.CANCELLED in reasons:
                 self._end("cancelled")
                 raise Unavailable("The server is shutting down and could not finish this request")
             self._door.metrics.count_finished(
                 msgspec.structs.asdict(news.usage), msgspec.structs.asdict(news.timings_ms)
             )
-            self._end(news.finish_reason)
+            self._end(reasons[0])
         elif isinstance(news, MMServeError):
             self._end(news.code)
             raise news
         return news
 
-    async def completion(self) -> Completion:
-        while not isinstance(news := await self.next(), Completion):
+    async def output(self) -> RequestOutput:
+        while not isinstance(news := await self.next(), RequestOutput):
             pass
         return news
 

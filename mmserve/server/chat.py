@@ -1,4 +1,4 @@
-"""`/v1/chat/completions`: one answer, streamed or whole. Knows nothing about other routes."""
+"""`/v1/chat/completions`: answers to a conversation, streamed or whole. Knows nothing about other routes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from mmserve.config import ServeConfig
 from mmserve.conversation import parse
 from mmserve.errors import BadRequest, MMServeError
-from mmserve.request import Chunk, Completion
+from mmserve.request import Chunk, RequestOutput
 from mmserve.server.answers import Answer, Call, ClientGone, Door, unless
 from mmserve.server.errors import FieldError, ModelNotFound, error_body, json_response
 from mmserve.server.limits import read_json
@@ -49,8 +49,9 @@ def chat_router(door: Door, config: ServeConfig, model_name: str) -> APIRouter:
             top_logprobs=body.top_logprobs or 0,
         )
         if body.stream:
-            return EventStream(_events(answer, first, shape), answer.close, request_id=request_id)
-        assert isinstance(first, Completion)
+            events = _events(answer, first, shape, call.sampling.n)
+            return EventStream(events, answer.close, request_id=request_id)
+        assert isinstance(first, RequestOutput)
         return json_response(shape.completion(first), headers={"X-Request-Id": request_id})
 
     return router
@@ -105,14 +106,14 @@ def _salt(tenant: str, given: str) -> str:
     return hashlib.sha256(f"{len(tenant)}:{tenant}{given}".encode("utf-8", "surrogatepass")).hexdigest()
 
 
-async def _begin(door: Door, call: Call, *, whole: bool) -> tuple[Answer, Chunk | Completion]:
+async def _begin(door: Door, call: Call, *, whole: bool) -> tuple[Answer, Chunk | RequestOutput]:
     """Open a request and wait for its first news, so that an error until then has its own status."""
     try:
         answer = await door.open(call)
     except BadRequest as error:
         raise _blamed(error) from error
     try:
-        return answer, await (answer.completion() if whole else answer.next())
+        return answer, await (answer.output() if whole else answer.next())
     except BaseException:
         answer.close()
         raise
@@ -123,17 +124,19 @@ def _blamed(error: BadRequest) -> BadRequest:
     return error if isinstance(error, FieldError) else FieldError("messages", error.public_message)
 
 
-async def _events(answer: Answer, news: Chunk | Completion, shape: Shape) -> AsyncIterator[bytes]:
-    yield event(shape.role())
+async def _events(answer: Answer, news: Chunk | RequestOutput, shape: Shape, n: int) -> AsyncIterator[bytes]:
+    for index in range(n):
+        yield event(shape.role(index))
     try:
         while isinstance(news, Chunk):
             if news.text or news.logprobs:
                 yield event(shape.delta(news))
+            if news.finish_reason is not None:
+                yield event(shape.finish(news.index, news.finish_reason))
             news = await answer.next()
     except MMServeError as error:
         yield event(error_body(error))
     else:
-        yield event(shape.finish(news))
         if shape.wants_usage:
             yield event(shape.usage_chunk(news))
     yield DONE

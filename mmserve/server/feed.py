@@ -12,9 +12,9 @@ from collections.abc import Callable
 import msgspec
 
 from mmserve.errors import MMServeError
-from mmserve.request import Chunk, Completion
+from mmserve.request import Chunk, RequestOutput
 
-News = Chunk | Completion | MMServeError
+News = Chunk | RequestOutput | MMServeError
 
 MAX_EVENTS = 256
 MAX_BYTES = 1 << 20
@@ -28,7 +28,7 @@ class SlowReader(MMServeError):
 
 
 class Feed:
-    """A queue of at most `MAX_EVENTS` chunks and `MAX_BYTES` bytes; later chunks join the last one.
+    """A queue of about `MAX_EVENTS` chunks and `MAX_BYTES` bytes; later ones join their answer's last.
 
     When it is over `MAX_BYTES`, or was full for `MAX_STALL_S` while nobody read, what it holds is
     dropped, `give_up` is called once and the reader gets SlowReader.
@@ -67,9 +67,8 @@ class Feed:
     def _take(self, news: News) -> None:
         if self._closed:
             return
-        last = self._events[-1] if self._events else None
-        if len(self._events) >= MAX_EVENTS and isinstance(news, Chunk) and isinstance(last, Chunk):
-            self._events[-1] = _joined(last, news)
+        if len(self._events) >= MAX_EVENTS and isinstance(news, Chunk):
+            self._join(news)
             if self._stalled is None:
                 self._stalled = self._loop.call_later(MAX_STALL_S, self._drop)
         else:
@@ -79,6 +78,15 @@ class Feed:
         self._ready.set()
         if self._bytes > MAX_BYTES:
             self._drop()
+
+    def _join(self, chunk: Chunk) -> None:
+        """Put it with the last one of its answer; one that has none yet comes on top."""
+        for place in reversed(range(len(self._events))):
+            waiting = self._events[place]
+            if isinstance(waiting, Chunk) and waiting.index == chunk.index:
+                self._events[place] = _joined(waiting, chunk)
+                return
+        self._events.append(chunk)
 
     def _drop(self) -> None:
         self._closed = True
@@ -100,6 +108,7 @@ def _joined(first: Chunk, second: Chunk) -> Chunk:
         text=first.text + second.text,
         token_ids=first.token_ids + second.token_ids,
         logprobs=(first.logprobs or ()) + (second.logprobs or ()) or None,
+        finish_reason=second.finish_reason,
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from mmserve.request import Chunk, Completion
+from mmserve.request import Chunk, CompletionOutput, FinishReason, RequestOutput
 from mmserve.sampling import Logprob
 
 DONE = b"data: [DONE]\n\n"
@@ -34,28 +34,24 @@ class Shape:
     top_logprobs: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def completion(self, done: Completion) -> dict[str, Any]:
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": done.text, "refusal": None},
-            "logprobs": self._logprobs(done.token_ids, done.logprobs),
-            "finish_reason": str(done.finish_reason),
-        }
-        return self._body("chat.completion", [choice], {"usage": self.usage(done)})
+    def completion(self, done: RequestOutput) -> dict[str, Any]:
+        choices = [self._choice(output) for output in done.outputs]
+        return self._body("chat.completion", choices, {"usage": self.usage(done)})
 
-    def role(self) -> dict[str, Any]:
-        return self._chunk({"role": "assistant", "content": ""})
+    def role(self, index: int) -> dict[str, Any]:
+        return self._chunk(index, {"role": "assistant", "content": ""})
 
     def delta(self, chunk: Chunk) -> dict[str, Any]:
-        return self._chunk({"content": chunk.text}, self._logprobs(chunk.token_ids, chunk.logprobs))
+        logprobs = self._logprobs(chunk.token_ids, chunk.logprobs)
+        return self._chunk(chunk.index, {"content": chunk.text}, logprobs)
 
-    def finish(self, done: Completion) -> dict[str, Any]:
-        return self._chunk({}, None, str(done.finish_reason))
+    def finish(self, index: int, reason: FinishReason) -> dict[str, Any]:
+        return self._chunk(index, {}, None, str(reason))
 
-    def usage_chunk(self, done: Completion) -> dict[str, Any]:
+    def usage_chunk(self, done: RequestOutput) -> dict[str, Any]:
         return self._body("chat.completion.chunk", [], {"usage": self.usage(done)})
 
-    def usage(self, done: Completion) -> dict[str, Any]:
+    def usage(self, done: RequestOutput) -> dict[str, Any]:
         counts = done.usage
         body: dict[str, Any] = {
             "prompt_tokens": counts.prompt_tokens,
@@ -67,10 +63,18 @@ class Shape:
             body["mmserve"] = report(done)
         return body
 
+    def _choice(self, output: CompletionOutput) -> dict[str, Any]:
+        return {
+            "index": output.index,
+            "message": {"role": "assistant", "content": output.text, "refusal": None},
+            "logprobs": self._logprobs(output.token_ids, output.logprobs),
+            "finish_reason": str(output.finish_reason),
+        }
+
     def _chunk(
-        self, delta: object, logprobs: object = None, finish_reason: str | None = None
+        self, index: int, delta: object, logprobs: object = None, finish_reason: str | None = None
     ) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         return self._body("chat.completion.chunk", [choice], {"usage": None} if self.wants_usage else {})
 
     def _body(self, kind: str, choices: list[Any], more: dict[str, Any]) -> dict[str, Any]:
@@ -97,10 +101,10 @@ class Shape:
         return {"content": content, "refusal": None}
 
 
-def report(done: Completion) -> dict[str, Any]:
+def report(done: RequestOutput) -> dict[str, Any]:
     """The keys of `ask --json` without the answer."""
     return {
-        "finish_reason": str(done.finish_reason),
+        "finish_reason": str(done.outputs[0].finish_reason),
         "usage": msgspec.to_builtins(done.usage),
         "media": msgspec.to_builtins(done.media),
         "timings_ms": msgspec.to_builtins(done.timings_ms),

@@ -30,7 +30,6 @@ Flag = Annotated[bool | None, Field(description="true or false")]
 
 # fields of OpenAI's and vLLM's requests that would change the answer: accepted only where they do not
 _NEUTRAL: dict[str, tuple[object, ...]] = {
-    "n": (1,),
     "best_of": (1,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -39,17 +38,9 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
-    "logit_bias": ({},),
     "bad_words": ([],),
-    "min_p": (0,),
-    "min_tokens": (0,),
     "use_beam_search": (False,),
-    "stop_token_ids": ([],),
-    "include_stop_str_in_output": (False,),
     "skip_special_tokens": (True,),
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
@@ -58,6 +49,12 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "mm_processor_kwargs": ({},),
     "priority": (0,),
 }
+# fields that are parameters of sampling by the same name
+_SAMPLING = (
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
+    *("frequency_penalty", "seed", "n", "min_tokens", "stop_token_ids", "ignore_eos"),
+    "include_stop_str_in_output",
+)
 # fields that describe the request without changing its answer
 _IGNORED = frozenset(
     {"user", "metadata", "store", "service_tier", "safety_identifier", "prediction", "request_id"}
@@ -117,9 +114,20 @@ class ChatRequest(_Body):
     temperature: Number = None
     top_p: Number = None
     top_k: Whole = None
+    min_p: Number = None
+    repetition_penalty: Number = None
+    presence_penalty: Number = None
+    frequency_penalty: Number = None
+    logit_bias: Annotated[
+        dict[str, float] | None, Field(description="an object from token ids to numbers")
+    ] = None
     seed: Whole = None
+    n: Whole = None
+    min_tokens: Whole = None
     stop: Annotated[str | list[str] | None, Field(description="text or a list of texts")] = None
+    stop_token_ids: Annotated[list[int] | None, Field(description="a list of token ids")] = None
     ignore_eos: Flag = None
+    include_stop_str_in_output: Flag = None
     logprobs: Flag = None
     top_logprobs: Whole = None
     cache_salt: Text = None
@@ -178,17 +186,25 @@ def sampling_of(request: ChatRequest, limits: Limits) -> SamplingParams:
         raise FieldError("stop", f"Expected at most {limits.max_stop} stop texts of at most 1000 characters")
     if request.top_logprobs is not None and not request.logprobs:
         raise FieldError("top_logprobs", "Expected logprobs to be true where top_logprobs is given")
-    given = {
-        name: getattr(request, name)
-        for name in ("temperature", "top_p", "top_k", "seed", "ignore_eos")
-        if getattr(request, name) is not None
-    }
+    given = {name: getattr(request, name) for name in _SAMPLING if getattr(request, name) is not None}
     return SamplingParams(
         max_tokens=max_tokens,
         stop=tuple(text for text in stop if text),
         logprobs=request.top_logprobs or 0 if request.logprobs else None,
+        logit_bias=_logit_bias(request.logit_bias or {}) or None,
         **given,
     )
+
+
+def _logit_bias(given: dict[str, float]) -> dict[int, float]:
+    """JSON's names are text, so OpenAI's clients send token ids as text."""
+    bias: dict[int, float] = {}
+    for name, value in given.items():
+        # at most ten digits: longer ones are no token's, and slow to read
+        if not (name.isascii() and name.isdigit() and len(name) <= 10):
+            raise FieldError("logit_bias", f"Expected logit_bias to name token ids, but got {name[:20]!r}")
+        bias[int(name)] = value
+    return bias
 
 
 def methods_of(request: ChatRequest, defaults: MethodDefaults) -> Methods:

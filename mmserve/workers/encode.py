@@ -11,6 +11,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from hashlib import sha256
 
 import torch
 
@@ -24,7 +25,7 @@ from mmserve.media.preprocess import Preprocessing, image_pixels, video_pixels
 from mmserve.media.sandbox import Sandbox
 from mmserve.models.layout.llava_onevision import Geometry
 from mmserve.pruning.base import Pruner, VisualItem, make_pruner
-from mmserve.request import MediaRef, MediaReport
+from mmserve.request import MediaRef, MediaReport, Methods
 from mmserve.tensors import to_numpy
 from mmserve.transfer import LeaseStore
 from mmserve.workers.loop import Reporter, failed
@@ -116,10 +117,10 @@ class EncodeHandler:
         known = self._open(command)
         clock.lap("decode")
         if command.media.modality == "image":
-            item, cached = self._image(command, known, clock)
+            item, cached, keys = self._image(command, known, clock)
             newline = 0
         else:
-            item, cached = self._video(command, known, clock)
+            item, cached, keys = self._video(command, known, clock)
             newline = 1
         reduced = _pruner(command.methods.prune, command.methods.keep).reduce(item)
         embeddings, source = reduced.embeddings, reduced.source
@@ -145,7 +146,9 @@ class EncodeHandler:
             request_id=command.request_id,
             attempt=command.attempt,
             item=command.item,
-            encoded=m.EncodedItem(lease=lease, tokens=tokens + newline, kept=len(source)),
+            encoded=m.EncodedItem(
+                lease=lease, tokens=tokens + newline, kept=len(source), key=_item_key(keys, command.methods)
+            ),
             cached_tokens=cached,
             report=_report(command.media, known),
             times=times,
@@ -198,7 +201,9 @@ class EncodeHandler:
             for time_s in plan.times_s
         ]
 
-    def _image(self, command: m.EncodeMedia, known: _Known, clock: _Clock) -> tuple[VisualItem, int]:
+    def _image(
+        self, command: m.EncodeMedia, known: _Known, clock: _Clock
+    ) -> tuple[VisualItem, int, list[bytes]]:
         (key,) = self._keys(command, known.plan)
         height, width = known.plan.height, known.plan.width
         tiled = command.is_only_image
@@ -220,9 +225,11 @@ class EncodeHandler:
             protect=self._vision.newline_rows((height, width), crops)[None],
             modality="image",
         )
-        return item, len(row.embeddings) if cached else 0
+        return item, len(row.embeddings) if cached else 0, [key]
 
-    def _video(self, command: m.EncodeMedia, known: _Known, clock: _Clock) -> tuple[VisualItem, int]:
+    def _video(
+        self, command: m.EncodeMedia, known: _Known, clock: _Clock
+    ) -> tuple[VisualItem, int, list[bytes]]:
         keys = self._keys(command, known.plan)
         rows = {i: row for i, key in enumerate(keys) if (row := self._cache.get(key)) is not None}
         known.lost -= rows.keys()  # another range of the same file may have decoded them
@@ -254,12 +261,18 @@ class EncodeHandler:
             protect=None,
             modality="video",
         )
-        return item, cached * self._geometry.frame_tokens
+        return item, cached * self._geometry.frame_tokens, [keys[i] for i in sorted(rows)]
 
 
 def _segments(positions: list[int]) -> Iterator[list[int]]:
     for first in range(0, len(positions), SEGMENT_FRAMES):
         yield positions[first : first + SEGMENT_FRAMES]
+
+
+def _item_key(frame_keys: list[bytes], methods: Methods) -> str:
+    """What the published rows are, in hex: equal keys, equal rows."""
+    settings = f"{methods.prune} {methods.keep}".encode()
+    return sha256(b"\0".join([*frame_keys, settings])).hexdigest()[:32]
 
 
 @lru_cache(maxsize=64)

@@ -1,70 +1,39 @@
 """The language role: prefill and decode on one engine. What it does is what the dispatcher sends it.
 
-Turns commands into sequences, runs one engine step at a time, and reports tokens and KV.
+Turns commands into sequences, lets the scheduler plan, runs one engine step at a time, and reports
+tokens and KV.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from mmserve import messages as m
-from mmserve.engine.plan import Pending, Plan, plan_step
-from mmserve.engine.runner import DecodeRow, PromptRows, Runner
-from mmserve.engine.sampler import sample
+from mmserve.engine.runner import Runner, StepResult
+from mmserve.engine.sampler import prompt_logprobs, sample
+from mmserve.engine.scheduler import Chunk, Plan, schedule
 from mmserve.errors import BadRequest
 from mmserve.kv.base import DEFAULT_BUDGET, load_policy
 from mmserve.kv.store import KVExport
-from mmserve.models.layout.llava_onevision import expand, survivors
+from mmserve.kv.table import OutOfPages
 from mmserve.request import FinishReason
-from mmserve.sampling import SamplingParams
+from mmserve.sampling import Logprob, SamplingParams
 from mmserve.tensors import tensors_of, to_numpy
 from mmserve.transfer import LeaseStore, open_lease
 from mmserve.wire import Array, TypedArray
 from mmserve.workers.loop import Reporter, failed
+from mmserve.workers.prompts import WaitingPrompt, load_rows, read_prompt
+from mmserve.workers.sequences import MAX_RUNNING, Prefill, Prefilled, Sequences, slots_of
 
-TOKEN_BUDGET = 2048  # rows per step
-MAX_RUNNING = 64
+Choice = tuple[int, dict[int, Logprob] | None]
 STEP_BOUND_S = 120.0
 LEASE_TTL_S = 600.0
-
-
-@dataclass(slots=True, kw_only=True)
-class _Prefill:
-    command: m.PrefillPrompt
-    rows: PromptRows
-    uncompressed: int  # prompt tokens before reduction
-    queue_ms: float
-    transfer_ms: float
-    started_at: float
-
-
-@dataclass(slots=True, kw_only=True)
-class _Decode:
-    """A running answer: `tokens` are known, those before `fed` are in the cache."""
-
-    command: m.DecodeFrom
-    tokens: list[int]
-    fed: int = 0
-
-    @property
-    def row(self) -> DecodeRow:
-        start = self.command
-        return DecodeRow(self.tokens[self.fed], start.next_order + self.fed, start.next_position + self.fed)
-
-
-@dataclass(slots=True)
-class _Queues:
-    commands: list[tuple[m.PrefillPrompt | m.DecodeFrom, float]] = field(default_factory=list)
-    prefills: dict[str, _Prefill] = field(default_factory=dict)
-    decodes: dict[str, _Decode] = field(default_factory=dict)
-    # most pages each sequence here may come to hold, from its admission until it is forgotten
-    pages: dict[str, int] = field(default_factory=dict)
 
 
 class LanguageHandler:
@@ -80,6 +49,7 @@ class LanguageHandler:
         leases: LeaseStore,
         lease_directories: Sequence[Path],
         reporter: Reporter,
+        token_budget: int,
     ) -> None:
         self.roles = roles
         self._runner = runner
@@ -88,180 +58,240 @@ class LanguageHandler:
         self._leases = leases
         self._lease_directories = lease_directories
         self._reporter = reporter
-        self._queues = _Queues()
+        self._token_budget = token_budget
+        self._commands: list[tuple[m.PrefillPrompt | m.DecodeFrom, float]] = []
+        self._sequences = Sequences(runner)
         self.capacity = self._offer(runner.table.num_pages, MAX_RUNNING)
+
+    # what can be taken
 
     def _offer(self, pages: int, places: int) -> m.Credits:
         """What fits into so many pages: each of the `requests` may round up to a page in every head."""
         table = self._runner.table
         free = max(pages, 0) // (table.layers * table.kv_heads)
-        requests = min(places, max(free // 8, 1))
+        requests = max(min(places, max(free // 8, 1)), 0)
         return m.Credits(
             requests=requests, slots=max(free * table.page_size - requests * (table.page_size - 1), 0)
         )
 
     def credits(self) -> m.Credits:
-        table, queues = self._runner.table, self._queues
-        waiting = [command for command, _ in queues.commands]
-        promised = sum(queues.pages.values()) + sum(table.pages_for(_cost(command)) for command in waiting)
-        known = queues.pages.keys() | {command.request_id for command in waiting}
-        return self._offer(table.num_pages - promised, MAX_RUNNING - len(known))
+        table, sequences = self._runner.table, self._sequences
+        promised = sum(table.pages_for(slots_of(command)) for command, _ in self._commands)
+        promised += sequences.promised_pages()
+        places = MAX_RUNNING - len(self._commands) - len(sequences)
+        return self._offer(self._runner.available_pages - promised, places)
+
+    # commands
 
     def handle(self, command: m.AnyCommand) -> None:
         if isinstance(command, m.PrefillPrompt | m.DecodeFrom):
-            self._queues.commands.append((command, time.perf_counter()))
+            self._commands.append((command, time.perf_counter()))
         elif isinstance(command, m.CancelRequest):
             self._forget(command.request_id)
         elif isinstance(command, m.ReleaseLease):
             self._leases.release(command.lease_id)
 
-    def _forget(self, request_id: str) -> None:
-        queues = self._queues
-        queues.commands = [entry for entry in queues.commands if entry[0].request_id != request_id]
-        queues.prefills.pop(request_id, None)
-        queues.decodes.pop(request_id, None)
-        self._release(request_id)
-
-    def _release(self, name: str) -> None:
-        self._queues.pages.pop(name, None)
-        self._runner.release(name)
+    def _forget(self, name: str) -> None:
+        self._commands = [entry for entry in self._commands if entry[0].request_id != name]
+        self._sequences.forget(name)
 
     def _fail(self, command: m.PrefillPrompt | m.DecodeFrom, error: Exception, what: str) -> None:
         """One request cannot go on; the worker does."""
         self._forget(command.request_id)
         self._reporter.emit(failed(command.request_id, command.attempt, error, what))
 
+    def _read(self, command: m.PrefillPrompt | m.DecodeFrom, received_at: float) -> None:
+        sequences, table = self._sequences, self._runner.table
+        if isinstance(command, m.PrefillPrompt):
+            prompt = read_prompt(
+                command,
+                arrived=sequences.arrive(),
+                received_at=received_at,
+                media_tokens=self._media_tokens,
+                directories=self._lease_directories,
+            )
+            needed = table.pages_for(len(prompt) + prompt.headroom)
+            if needed > table.num_pages:
+                raise OutOfPages(f"Expected a prompt of at most {table.num_pages} KV pages, but got {needed}")
+            sequences.waiting[command.request_id] = prompt
+        elif command.lease is not None:
+            sequences.imports[command.request_id] = command
+        elif command.request_id in table:
+            sequences.begin_decode(command)
+        else:
+            raise BadRequest("Expected a prefilled sequence on this worker, but it is not here")
+
+    @torch.inference_mode()
+    def _import(self) -> None:
+        """Take in KV that was prefilled elsewhere, in turn, as long as its pages are there."""
+        for command in self._sequences.imports_in_turn():
+            try:
+                headroom = m.answer_slots(command.sampling, len(command.tokens))
+                self._runner.import_(command.request_id, self._export(command), headroom)
+            except Exception as error:  # a bad lease must not end the worker; it is logged and answered
+                self._fail(command, error, "reading its KV")
+                continue
+            del self._sequences.imports[command.request_id]
+            self._sequences.begin_decode(command)
+
+    def _export(self, command: m.DecodeFrom) -> KVExport:
+        assert command.lease is not None
+        arrays = open_lease(command.lease, self._lease_directories)
+        tensors = tensors_of(command.lease, arrays)
+        return KVExport(
+            lengths=arrays["lengths"].astype(np.int32, copy=False),
+            order=arrays["order"].astype(np.int32, copy=False),
+            position=arrays["position"].astype(np.int32, copy=False),
+            k=tensors["k"],
+            v=tensors["v"],
+        )
+
+    # steps
+
     def step(self) -> bool:
-        queues = self._queues
-        while queues.commands:
-            self._guarded(*queues.commands.pop(0))
-        pending = [Pending(name, p.rows.done, len(p.rows)) for name, p in queues.prefills.items()]
-        plan = plan_step(pending, tuple(queues.decodes), TOKEN_BUDGET)
+        sequences = self._sequences
+        while self._commands:
+            command, received_at = self._commands.pop(0)
+            try:
+                self._read(command, received_at)
+            except Exception as error:  # a bad request must not end the worker; it is logged and answered
+                # nothing of this command is here yet, and what is here may be a later attempt
+                what = "reading its prompt"
+                self._reporter.emit(failed(command.request_id, command.attempt, error, what))
+        self._import()
+        plan = schedule(sequences.state(self._token_budget))
+        for name in plan.preempt:
+            self._preempt(name)
+        admitted = {name for name in plan.admit if self._admit(sequences.waiting.pop(name))}
+        chunks = [
+            self._run_from_where_it_is(chunk)
+            for chunk in plan.chunks
+            if chunk.sequence in admitted or chunk.sequence not in plan.admit
+        ]
+        plan = plan._replace(chunks=tuple(chunks))
         if not plan.decodes and not plan.chunks:
             return False
-        names = (*plan.decodes, *(chunk.sequence for chunk in plan.chunks))
-        self._reporter.announce(names, STEP_BOUND_S)
+        self._reporter.announce((*plan.decodes, *(chunk.sequence for chunk in chunks)), STEP_BOUND_S)
         self._run(plan)
         return True
 
-    def _guarded(self, command: m.PrefillPrompt | m.DecodeFrom, received_at: float) -> None:
-        try:
-            if isinstance(command, m.PrefillPrompt):
-                self._add_prompt(command, received_at)
-            else:
-                self._add_decode(command)
-        except Exception as error:  # a bad request must not end the worker; it is logged and answered
-            self._fail(command, error, "reading its prompt")
+    def _run_from_where_it_is(self, chunk: Chunk) -> Chunk:
+        """What was cached when the plan was made may have given way to who was admitted before."""
+        rows = self._sequences.prefills[chunk.sequence].rows
+        stop = min(rows.done + chunk.stop - chunk.start, len(rows))
+        return Chunk(chunk.sequence, rows.done, stop)
 
-    @torch.inference_mode()
-    def _add_prompt(self, command: m.PrefillPrompt, received_at: float) -> None:
+    def _preempt(self, name: str) -> None:
+        """Give a sequence's pages to others; the dispatcher sends it again."""
+        attempt = self._sequences.command(name).attempt
+        self._forget(name)
+        self._reporter.emit(m.RequestPreempted(request_id=name, attempt=attempt))
+
+    def _admit(self, prompt: WaitingPrompt) -> bool:
+        name = prompt.command.request_id
         started_at = time.perf_counter()
-        layout = expand(command.token_ids, [item.tokens for item in command.items], self._media_tokens)
-        kept, visual = [], []
-        for item in command.items:
-            arrays = tensors_of(item.lease, open_lease(item.lease, self._lease_directories))
-            kept.append(arrays["source"].numpy())
-            visual.append(arrays["embeddings"])
-        rows = survivors(layout, kept)
-        if len(rows.order) == 0:
-            raise BadRequest("Expected a prompt of at least one token, but it is empty")
-        embeddings = self._runner.embed(layout.token_ids[rows.order])
-        if visual:
-            embeddings[torch.from_numpy(rows.is_visual)] = torch.cat(visual).to(embeddings)
-        prompt = PromptRows(
-            embeddings=embeddings, order=rows.order, position=rows.position, is_visual=rows.is_visual
-        )
+        try:
+            rows = load_rows(prompt, self._runner, self._lease_directories)
+            self._runner.add(
+                name,
+                rows,
+                headroom=prompt.headroom,
+                identity=prompt.identity,
+                most_cached=prompt.most_cached,
+            )
+        except OutOfPages:  # another one was admitted with pages this one counted on: it waits on
+            self._runner.release(name)
+            self._sequences.waiting[name] = prompt
+            return False
+        except Exception as error:  # a bad request must not end the worker; it is logged and answered
+            self._fail(prompt.command, error, "reading its media")
+            return False
         transferred_at = time.perf_counter()
-        self._runner.add(command.request_id, prompt)
-        self._queues.pages[command.request_id] = self._runner.table.pages_for(
-            len(prompt) + command.sampling.max_tokens
-        )
-        self._queues.prefills[command.request_id] = _Prefill(
-            command=command,
-            rows=prompt,
-            uncompressed=len(layout.token_ids),
-            queue_ms=(started_at - received_at) * 1e3,
+        self._sequences.prefills[name] = Prefill(
+            prompt=prompt,
+            rows=rows,
+            queue_ms=(started_at - prompt.received_at) * 1e3,
             transfer_ms=(transferred_at - started_at) * 1e3,
             started_at=transferred_at,
         )
-
-    @torch.inference_mode()
-    def _add_decode(self, command: m.DecodeFrom) -> None:
-        if command.lease is not None:
-            arrays = open_lease(command.lease, self._lease_directories)
-            tensors = tensors_of(command.lease, arrays)
-            export = KVExport(
-                lengths=arrays["lengths"].astype(np.int32, copy=False),
-                order=arrays["order"].astype(np.int32, copy=False),
-                position=arrays["position"].astype(np.int32, copy=False),
-                k=tensors["k"],
-                v=tensors["v"],
-            )
-            self._runner.store.import_(self._runner.table, command.request_id, export)
-            self._promise(command.request_id, command.sampling)
-        elif command.request_id not in self._runner.table:
-            raise BadRequest("Expected a prefilled sequence on this worker, but it is not here")
-        self._queues.decodes[command.request_id] = _Decode(command=command, tokens=list(command.tokens))
-
-    def _promise(self, name: str, sampling: SamplingParams) -> None:
-        """Hold back the pages that the answer to a prefilled prompt may still need."""
-        table = self._runner.table
-        pages = -(-(table.lengths(name) + sampling.max_tokens) // table.page_size)
-        self._queues.pages[name] = int(pages.sum())
+        return True
 
     def _run(self, plan: Plan) -> None:
         """One step. An error in the model fails every request in it, one after the model only its own."""
-        queues = self._queues
-        commands = {name: queues.decodes[name].command for name in plan.decodes} | {
-            chunk.sequence: queues.prefills[chunk.sequence].command for chunk in plan.chunks
-        }
+        sequences = self._sequences
+        rows = {name: sequences.decodes[name].row for name in plan.decodes}
         try:
-            logits = self._runner.run(plan, {name: queues.decodes[name].row for name in plan.decodes})
+            result = self._runner.run(plan, rows)
+            for chunk in plan.chunks:
+                if chunk.sequence in result.prompt_logits:
+                    self._note_logprobs(chunk, result.prompt_logits[chunk.sequence])
         except Exception as error:
-            for command in commands.values():
-                self._fail(command, error, "a step of the model")
+            for name in (*plan.decodes, *(chunk.sequence for chunk in plan.chunks)):
+                self._fail(sequences.command(name), error, "a step of the model")
             return
-        sampled = []
-        for name in plan.decodes:
-            try:
-                token = self._advance(name, logits[name])
-            except Exception as error:
-                self._fail(commands[name], error, "choosing its next token")
-                continue
-            if token is not None:
-                sampled.append(token)
+        chosen = self._sample(result)
+        going_on = [name for name in plan.decodes if name in chosen]
+        sampled = [token for name in going_on if (token := self._advance(name, *chosen[name]))]
         if sampled:
             self._reporter.emit(m.TokensDecoded(tokens=tuple(sampled)))
-        for name in (chunk.sequence for chunk in plan.chunks if chunk.sequence in logits):
+        for name in (chunk.sequence for chunk in plan.chunks if chunk.sequence in chosen):
+            prefill = sequences.prefills[name]
             try:
-                self._finish_prompt(queues.prefills.pop(name), logits[name])
+                self._finish_prompt(prefill, *chosen[name])
+            except OutOfPages:  # to compress its KV takes some more, for a moment
+                self._preempt(name)
             except Exception as error:
-                self._fail(commands[name], error, "finishing its prompt")
+                self._fail(prefill.prompt.command, error, "finishing its prompt")
 
-    def _advance(self, name: str, logits: torch.Tensor) -> m.Sampled | None:
-        """Feed the next known token, or sample a new one; None while forced tokens are replayed."""
-        decode = self._queues.decodes[name]
+    def _sample(self, result: StepResult) -> dict[str, Choice]:
+        """The next token of each sequence; where it is fed known tokens, the choice counts for nothing."""
+        sequences = self._sequences
+        rows = [sequences.sampler_row(name, self._eos_tokens) for name in result.names]
+        chosen = dict(zip(result.names, sample(result.logits, rows), strict=True))
+        for name, best in zip(result.names, result.logits.amax(-1).tolist(), strict=True):
+            if not math.isfinite(best):
+                del chosen[name]
+                error = ArithmeticError(f"the best score of the next token is {best}")
+                self._fail(sequences.command(name), error, "choosing its next token")
+        return chosen
+
+    def _note_logprobs(self, chunk: Chunk, logits: torch.Tensor) -> None:
+        """Row i tells how likely the token of row i + 1 was."""
+        prefill = self._sequences.prefills[chunk.sequence]
+        prompt, asked = prefill.prompt, prefill.prompt.command.sampling.prompt_logprobs
+        stop = min(chunk.stop + 1, len(prompt))
+        targets = torch.from_numpy(prompt.token_ids[chunk.start + 1 : stop])
+        found = prompt_logprobs(logits[: len(targets)], targets.to(logits.device), asked or 0)
+        where = prompt.rows.order[chunk.start + 1 : stop].tolist()
+        prefill.logprobs.update(zip(where, found, strict=True))
+
+    def _advance(self, name: str, token: int, logprobs: dict[int, Logprob] | None) -> m.Sampled | None:
+        """Feed the next known token, or report a new one; None while forced tokens are replayed."""
+        decode = self._sequences.decodes[name]
         decode.fed += 1
         if decode.fed < len(decode.tokens):
             return None
         command = decode.command
-        token = self._sample(command, logits, len(decode.tokens), command.sampling)
-        decode.tokens.append(token.token_id)
-        if token.finish is not None:
-            del self._queues.decodes[name]
-            self._release(name)
-        return token
+        sampled = self._sampled(command, len(decode.tokens), token, logprobs, command.sampling)
+        if sampled.finish is not None:
+            # the next turn of this conversation begins with what is in the cache now
+            if (identity := self._sequences.whole_identity(name)) is not None:
+                self._runner.remember(name, identity)
+            self._forget(name)
+        else:
+            decode.tokens.append(token)
+        return sampled
 
-    def _sample(
+    def _sampled(
         self,
         command: m.PrefillPrompt | m.DecodeFrom,
-        logits: torch.Tensor,
         seq: int,
+        token: int,
+        logprobs: dict[int, Logprob] | None,
         sampling: SamplingParams,
     ) -> m.Sampled:
-        token, logprobs = sample(logits, sampling, seq)
         finish = None
-        if token in self._eos_tokens and not sampling.ignore_eos:
+        if (token in self._eos_tokens and not sampling.ignore_eos) or token in sampling.stop_token_ids:
             finish = FinishReason.STOP
         elif seq + 1 >= sampling.max_tokens:
             finish = FinishReason.LENGTH
@@ -274,39 +304,49 @@ class LanguageHandler:
             finish=finish,
         )
 
-    def _finish_prompt(self, prefill: _Prefill, logits: torch.Tensor) -> None:
-        """Sample the first token, compress the KV, and hand it off or keep it."""
-        command, runner = prefill.command, self._runner
+    def _finish_prompt(self, prefill: Prefill, token: int, logprobs: dict[int, Logprob] | None) -> None:
+        """Report the first token, share and compress the KV, and hand it off or keep it."""
+        command, runner, prompt = prefill.prompt.command, self._runner, prefill.prompt
         name = command.request_id
-        first = None if command.forced else self._sample(command, logits, 0, command.sampling)
+        first = None if command.forced else self._sampled(command, 0, token, logprobs, command.sampling)
         before = runner.kv_bytes(name)
+        if prompt.identity is not None:
+            runner.remember(name, prompt.identity)
         if command.methods.kv != "none":
             budget = command.methods.kv_budget
             runner.compress(
-                name, load_policy(command.methods.kv), DEFAULT_BUDGET if budget is None else budget
+                name,
+                load_policy(command.methods.kv),
+                DEFAULT_BUDGET if budget is None else budget,
+                prompt.identity,
             )
         after, slots = runner.kv_bytes(name), int(runner.table.lengths(name).max())
         runner.finish_prompt(name)
+        del self._sequences.prefills[name]
         prefilled_at = time.perf_counter()
         lease = None
         is_over = first is not None and first.finish is not None
         if command.hand_off and not is_over:
             lease = self._publish(name)
         if command.hand_off or is_over:
-            self._release(name)
+            runner.release(name)
         else:
-            self._promise(name, command.sampling)
+            is_whole = command.methods.kv == "none"
+            identity = prompt.identity if is_whole else None
+            self._sequences.prefilled[name] = Prefilled(prompt=prompt, identity=identity)
         self._reporter.emit(
             m.PromptPrefilled(
                 request_id=name,
                 attempt=command.attempt,
                 first=first,
                 lease=lease,
-                next_order=prefill.uncompressed,
-                next_position=int(prefill.rows.position[-1]) + 1,
+                next_order=len(prompt.layout.token_ids),
+                next_position=int(prompt.rows.position[-1]) + 1,
                 slots=slots,
                 kv_bytes=after,
                 kv_bytes_uncompressed=before,
+                cached_slots=prefill.rows.cached,
+                prompt_logprobs=_by_token(prefill),
                 queue_ms=prefill.queue_ms,
                 transfer_ms=prefill.transfer_ms + (time.perf_counter() - prefilled_at) * 1e3,
                 prefill_ms=(prefilled_at - prefill.started_at) * 1e3,
@@ -325,9 +365,8 @@ class LanguageHandler:
         return self._leases.publish(arrays, ttl_s=LEASE_TTL_S, owner=name)
 
 
-def _cost(command: m.PrefillPrompt | m.DecodeFrom) -> int:
-    """Slots per head that a waiting command takes at most; a sequence that is here has its promise."""
-    if isinstance(command, m.PrefillPrompt):
-        text = len(command.token_ids) - len(command.items)
-        return text + sum(item.kept for item in command.items) + command.sampling.max_tokens
-    return 0 if command.lease is None else command.next_position + command.sampling.max_tokens
+def _by_token(prefill: Prefill) -> tuple[dict[int, Logprob] | None, ...] | None:
+    """One entry per token of the uncompressed prompt; none for the first and for what was pruned."""
+    if not prefill.rows.wants_logits:
+        return None
+    return tuple(prefill.logprobs.get(place) for place in range(len(prefill.prompt.layout.token_ids)))

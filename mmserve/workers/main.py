@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+TOKEN_BUDGETS = {"cpu": 512, "cuda": 8192}  # on a CPU, more rows fall out of its caches
+CPU_KV_MEMORY = 1 << 30
+GPU_STEP_MEMORY = 2 << 30  # what a step needs beside weights and pages
 CANNOT_START = 3  # exit code: the configuration is wrong, whoever runs it
 
 
@@ -46,7 +49,9 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     model: str
     dtype: str = "auto"
     threads: int = 1
-    kv_memory_bytes: int = 1 << 30
+    kv_memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    max_num_batched_tokens: int | None = None
     embedding_cache_bytes: int = 256 << 20
     page_size: int = 32
     limits: MediaLimits = MediaLimits()
@@ -58,7 +63,7 @@ def run_worker(config: WorkerConfig, should_stop: Callable[[], bool]) -> None:
     from mmserve.transfer import LeaseStore
     from mmserve.workers.loop import WorkerLoop
 
-    checkpoint = load_checkpoint(config.model, _dtype(config.dtype), _device())
+    checkpoint = load_checkpoint(config.model, config.dtype, _device())
     directories = tuple(map(Path, config.directories))
     with ExitStack() as stack:
         dealer = stack.enter_context(Dealer(config.endpoint, config.name.encode()))
@@ -121,14 +126,15 @@ def _language_handler(
     from mmserve.workers.language import LanguageHandler
 
     text, chat = checkpoint.text, ChatFormat.from_model_dir(checkpoint.path)
+    decoder, device = load_decoder(checkpoint), torch.device(checkpoint.device)
     pages = num_pages_for(
-        config.kv_memory_bytes, page_size=config.page_size, head_dim=text.head_dim, dtype=checkpoint.dtype
+        _kv_memory(config, device), page_size=config.page_size, head_dim=text.head_dim, dtype=checkpoint.dtype
     )
     runner = Runner(
-        load_decoder(checkpoint),
+        decoder,
         PageTable(text.layers, text.kv_heads, pages, config.page_size),
         PageStore(pages, config.page_size, text.head_dim, checkpoint.dtype, checkpoint.device),
-        torch.device(checkpoint.device),
+        device,
     )
     return LanguageHandler(
         runner=runner,
@@ -138,22 +144,32 @@ def _language_handler(
         leases=leases,
         lease_directories=tuple(map(Path, config.directories)),
         reporter=reporter,
+        token_budget=config.max_num_batched_tokens or TOKEN_BUDGETS[device.type],
     )
+
+
+def _kv_memory(config: WorkerConfig, device: torch.device) -> int:
+    """Bytes for KV pages: as configured, or on a GPU what the weights and one step leave of its share."""
+    import torch
+
+    if config.kv_memory_bytes is not None:
+        return config.kv_memory_bytes
+    if device.type != "cuda":
+        return CPU_KV_MEMORY
+    free, total = torch.cuda.mem_get_info(device)
+    left = int(free - (1 - config.gpu_memory_utilization) * total) - GPU_STEP_MEMORY
+    if left <= 0:
+        raise ConfigError(
+            f"Expected room for KV pages within gpu_memory_utilization {config.gpu_memory_utilization}, "
+            f"but only {free >> 20} MiB of {total >> 20} MiB are free"
+        )
+    return left
 
 
 def _device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _dtype(name: str) -> torch.dtype | None:
-    """`auto` is the checkpoint's own type on a GPU and float32 on a CPU, where it is as fast and exact."""
-    import torch
-
-    if name == "auto":
-        return None if torch.cuda.is_available() else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
+from signal import SIGKILL
 
 from mmserve.errors import MMServeError
 from mmserve.messages import (
@@ -17,6 +18,9 @@ from mmserve.messages import (
     Sampled,
 )
 from mmserve.request import FinishReason, MediaReport, Prompt, Timings, Usage
+from mmserve.sampling import Logprob
+
+MAX_DEATHS = 3  # without progress, then a request is poison even when only SIGKILL was seen
 
 
 class State(StrEnum):
@@ -53,30 +57,71 @@ class Record:
     request_id: str
     admitted_at: float
     deadline_at: float
+    arrival: int = 0  # running number of its admission
     prompt: Prompt | None = None
     state: State = State.FETCHING
     attempt: int = 0
     items: list[Item] = field(default_factory=list)
     worker: str | None = None  # language worker that has it now
     prefilled: PromptPrefilled | None = None
+    # of the first prefill: later ones find in caches what the first one left there
+    first: tuple[list[Item], PromptPrefilled] | None = None
     kv_lease: Lease | None = None
     tokens: list[Sampled] = field(default_factory=list)
     is_suspect: bool = False  # was in a step that died: runs alone from now on
     deaths_without_progress: int = 0
     fetch_ms: float = 0.0
-    waited_ms: float = 0.0  # for credits, over all stages
+    waited_ms: float = 0.0  # for credits, over all stages until the first token
     first_token_at: float | None = None
     ended_at: float | None = None
     finish: FinishReason | None = None
     error: MMServeError | None = None
 
+    @property
+    def submitted(self) -> Prompt:
+        assert self.prompt is not None, "a record past FETCHING has its prompt"
+        return self.prompt
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return tuple(token.token_id for token in self.tokens)
+
+    @property
+    def text_slots(self) -> int:
+        return len(self.submitted.token_ids) - len(self.submitted.media)
+
+    @property
+    def prompt_logprobs(self) -> tuple[dict[int, Logprob] | None, ...] | None:
+        return self.prefilled.prompt_logprobs if self.prefilled else None
+
+    def take_prefilled(self, event: PromptPrefilled) -> None:
+        self.prefilled, self.kv_lease, self.state = event, event.lease, State.DECODING
+        if self.first is None:
+            self.first = self.items, event
+
+    def end(self, state: State, now: float) -> None:
+        """Reach a terminal state; what is reported is the first prefill, whatever was repeated."""
+        self.state, self.ended_at, self.kv_lease = state, now, None
+        if self.first is not None:
+            self.items, self.prefilled = self.first
+
+    def blame(self, by_signal: int) -> bool:
+        """A death in its step makes a request a suspect; a second one, alone, makes it poison (True).
+
+        SIGKILL says little about the request (an operator, the kernel's memory killer), so there the
+        limit is `MAX_DEATHS` without progress.
+        """
+        self.deaths_without_progress += 1
+        was_alone, self.is_suspect = self.is_suspect, True
+        return self.deaths_without_progress >= MAX_DEATHS or (was_alone and by_signal != SIGKILL)
+
     def usage(self) -> Usage:
-        assert self.prompt is not None
         encoded = [item.encoded for item in self.items if item.encoded is not None]
         visual = sum(item.tokens for item in encoded)
         return Usage(
-            prompt_tokens=len(self.prompt.token_ids) - len(self.items) + visual,
+            prompt_tokens=len(self.submitted.token_ids) - len(self.items) + visual,
             completion_tokens=len(self.tokens),
+            cached_tokens=self.prefilled.cached_slots if self.prefilled else 0,
             visual_tokens=visual,
             visual_tokens_kept=sum(item.kept for item in encoded),
             visual_tokens_cached=sum(item.cached_tokens for item in self.items),

@@ -6,20 +6,55 @@ import hashlib
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
-from mmserve.messages import Role
+from mmserve.messages import Role, answer_slots
 from mmserve.workers.records import Record, Worker
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Work that waits for a worker with credit: an item to encode, a prompt, or a decode."""
+    """Work that waits for a worker with credit: an item to encode, a prompt, or a decode.
+
+    Jobs are taken by `turn`, the lowest first. Encoding takes no slots.
+    """
 
     request_id: str
     attempt: int
     role: Role
     item: int | None
-    slots: int
+    slots: int  # per head: room that it is given at first
+    most_slots: int  # what it may grow to
+    turn: tuple[int, bool, int]
     queued_at: float
+
+
+def new_job(record: Record, role: Role, now: float, *, item: int | None = None, prompt_slots: int = 0) -> Job:
+    """By priority; then first what was begun before, since somebody waits in the middle of an answer."""
+    sampling, known = record.submitted.sampling, len(record.tokens)
+    needs_slots = role is not Role.ENCODE
+    return Job(
+        request_id=record.request_id,
+        attempt=record.attempt,
+        role=role,
+        item=item,
+        slots=prompt_slots + answer_slots(sampling, known) if needs_slots else 0,
+        most_slots=prompt_slots + sampling.max_tokens if needs_slots else 0,
+        turn=(record.submitted.priority, record.attempt == 0, record.arrival),
+        queued_at=now,
+    )
+
+
+def room(workers: Iterable[Worker], role: Role) -> int | None:
+    """Slots of the largest worker of a role when idle; None while there is no worker to ask."""
+    return max((worker.capacity.slots for worker in workers if role in worker.roles), default=None)
+
+
+def holds_back(job: Job, record: Record) -> bool:
+    """Whether later jobs of its role wait behind a job for which nobody has credit now.
+
+    Else small prompts would starve a large one. An item waits for a place at its own encoder only, and a
+    suspect keeps others from the worker that it reserved.
+    """
+    return job.role is not Role.ENCODE and not record.is_suspect
 
 
 def choose(
@@ -51,9 +86,8 @@ def _alone(able: list[Worker], record: Record) -> Worker | None:
 
 def _owner(able: list[Worker], record: Record, job: Job) -> Worker | None:
     """Rendezvous hashing: the same media goes to the same encode worker, so its cache is used."""
-    assert record.prompt is not None
     assert job.item is not None
-    digest = record.prompt.media[job.item].digest
+    digest = record.submitted.media[job.item].digest
 
     def weight(worker: Worker) -> bytes:
         # names are role-slot-generation: a restarted slot keeps its media

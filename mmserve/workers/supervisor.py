@@ -49,6 +49,8 @@ def worker_configs(config: ServeConfig, endpoint: str, directories: Sequence[str
             dtype=config.dtype,
             threads=threads,
             kv_memory_bytes=config.cache.kv_memory_bytes,
+            gpu_memory_utilization=config.cache.gpu_memory_utilization,
+            max_num_batched_tokens=config.max_num_batched_tokens,
             embedding_cache_bytes=config.cache.embedding_cache_bytes,
             limits=MediaLimits.from_config(config.limits),
         )

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
+LINKED = ("kernels", "bench")  # folders of the repository that are parts of the package
 
 # lower layers first; a part may import its own layer and the layers below it
 LAYERS: tuple[frozenset[str], ...] = (
@@ -35,7 +36,9 @@ LAYERS: tuple[frozenset[str], ...] = (
             "generation",
             "server",
             "llm",
+            "offline",
             "batch",
+            "bench",
             "cli",
             "doctor",
             "evaluation",
@@ -98,9 +101,9 @@ class Import(NamedTuple):
 
 
 def module_name(path: Path, root: Path = ROOT) -> str:
-    """The dotted name of a source file; kernels/ is named as it is imported."""
+    """The dotted name of a source file; kernels/ and bench/ are named as they are imported."""
     parts = list(path.relative_to(root).with_suffix("").parts)
-    if parts[0] == "kernels":
+    if parts[0] in LINKED:
         parts.insert(0, "mmserve")
     if parts[-1] == "__init__":
         parts.pop()
@@ -109,11 +112,12 @@ def module_name(path: Path, root: Path = ROOT) -> str:
 
 @cache
 def sources() -> dict[str, tuple[Path, ast.Module]]:
-    """Every module of mmserve and kernels, each file once."""
+    """Every module of mmserve, kernels and bench, each file once."""
     found = {}
-    for folder in ("mmserve", "kernels"):
+    links = {ROOT / "mmserve" / name for name in LINKED}
+    for folder in ("mmserve", *LINKED):
         for path in sorted((ROOT / folder).rglob("*.py")):
-            if (ROOT / "mmserve" / "kernels") not in path.parents:
+            if links.isdisjoint(path.parents):
                 found[module_name(path)] = (path, ast.parse(path.read_text(encoding="utf-8"), str(path)))
     return found
 
@@ -302,7 +306,7 @@ def test_each_library_has_one_owner() -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize("folder", ["mmserve", "kernels", "demo"])
+@pytest.mark.parametrize("folder", ["mmserve", *LINKED, "demo"])
 def test_no_module_deserialises_code(folder: str) -> None:
     """R1."""
     paths = sorted((ROOT / folder).rglob("*.py"))

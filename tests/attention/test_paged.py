@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmserve.attention.cpu import CpuAttention
 from mmserve.attention.paged import PagedAttention, SequenceRows
 from mmserve.kv.store import PageStore
 from mmserve.kv.table import IntArray, PageTable
@@ -14,10 +15,20 @@ from mmserve.kv.table import IntArray, PageTable
 LAYERS, KV_HEADS, GROUP, WIDTH, PAGE_SIZE = 2, 2, 3, 8, 4
 
 
+Kind = type[PagedAttention]
+
+
+@pytest.fixture(params=[PagedAttention, CpuAttention], ids=["reference", "cpu"])
+def kind(request: pytest.FixtureRequest) -> Kind:
+    found: Kind = request.param
+    return found
+
+
 class Engine:
     """A table, a store, and a dense record of everything that was ever appended."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, kind: Kind, seed: int = 0) -> None:
+        self.kind = kind
         self.table = PageTable(LAYERS, KV_HEADS, 400, PAGE_SIZE)
         self.store = PageStore(400, PAGE_SIZE, WIDTH)
         self.generator = torch.Generator().manual_seed(seed)
@@ -41,7 +52,7 @@ class Engine:
                     self.keys.setdefault((name, layer, head), {})[place] = k[layer, i, head]
                     self.values.setdefault((name, layer, head), {})[place] = v[layer, i, head]
             start += len(order)
-        attention = PagedAttention(self.table, self.store, batch)
+        attention = self.kind(self.table, self.store, batch)
         found = torch.stack(
             [attention.attend(layer, q[layer], k[layer], v[layer]) for layer in range(LAYERS)]
         )
@@ -72,16 +83,16 @@ def orders(start: int, stop: int, step: int = 1) -> IntArray:
     return np.arange(start, stop, step, dtype=np.int32)
 
 
-def test_prompts_and_decodes_of_a_batch_each_see_their_own_past() -> None:
-    engine = Engine()
+def test_prompts_and_decodes_of_a_batch_each_see_their_own_past(kind: Kind) -> None:
+    engine = Engine(kind)
     engine.step({"a": orders(0, 9), "b": orders(0, 30, 3)})
     engine.step({"a": orders(9, 10), "c": orders(0, 5), "b": orders(30, 31)})
     engine.step({"c": orders(5, 6), "b": orders(31, 38), "a": orders(10, 11)})
     engine.step({"b": orders(38, 39), "c": orders(6, 7), "a": orders(11, 12)})
 
 
-def test_heads_that_kept_different_slots_still_attend_by_order() -> None:
-    engine = Engine()
+def test_heads_that_kept_different_slots_still_attend_by_order(kind: Kind) -> None:
+    engine = Engine(kind)
     engine.step({"a": orders(0, 13), "b": orders(0, 6)})
     engine.keep("a", 0, 0, [0, 5, 12])
     engine.keep("a", 0, 1, [2])
@@ -91,8 +102,8 @@ def test_heads_that_kept_different_slots_still_attend_by_order() -> None:
     engine.step({"b": orders(8, 12), "a": orders(25, 26)})
 
 
-def test_a_fork_sees_the_shared_past_and_its_own_future() -> None:
-    engine = Engine()
+def test_a_fork_sees_the_shared_past_and_its_own_future(kind: Kind) -> None:
+    engine = Engine(kind)
     engine.step({"a": orders(0, 10)})
     engine.store.copy(*engine.table.fork("a", "b"))
     for record in (engine.keys, engine.values):
@@ -102,8 +113,8 @@ def test_a_fork_sees_the_shared_past_and_its_own_future() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 7])
-def test_chunks_give_what_one_call_gives(chunk: int) -> None:
-    whole, parts = Engine(1), Engine(1)
+def test_chunks_give_what_one_call_gives(kind: Kind, chunk: int) -> None:
+    whole, parts = Engine(kind, 1), Engine(kind, 1)
     tensors = tuple(whole.rows(17, h) for h in (KV_HEADS * GROUP, KV_HEADS, KV_HEADS))
     q, k, v = tensors
     expected = whole.step({"a": orders(0, 17)}, (q, k, v))
@@ -115,8 +126,8 @@ def test_chunks_give_what_one_call_gives(chunk: int) -> None:
     torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_result_does_not_depend_on_the_rest_of_the_batch() -> None:
-    alone, together = Engine(2), Engine(2)
+def test_a_result_does_not_depend_on_the_rest_of_the_batch(kind: Kind) -> None:
+    alone, together = Engine(kind, 2), Engine(kind, 2)
     tensors = [tuple(alone.rows(n, h) for h in (KV_HEADS * GROUP, KV_HEADS, KV_HEADS)) for n in (6, 1)]
     poison = torch.full((LAYERS, 30, KV_HEADS * GROUP, WIDTH), torch.nan)
     # a neighbour whose numbers went wrong, and that is longer
@@ -128,18 +139,18 @@ def test_a_result_does_not_depend_on_the_rest_of_the_batch() -> None:
         together.table.append("a", order, order)
         together.table.append("b", orders(100, 101), orders(100, 101))
         batch = [SequenceRows("a", 0, len(order)), SequenceRows("b", len(order), len(order) + 1)]
-        attention = PagedAttention(together.table, together.store, batch)
+        attention = kind(together.table, together.store, batch)
         for layer in range(LAYERS):
             found = attention.attend(layer, *(t[layer] for t in extra))[: len(order)]
             torch.testing.assert_close(found, expected[layer], rtol=1e-5, atol=1e-6)
 
 
-def test_observed_rows_are_the_rotated_queries_of_every_layer() -> None:
-    engine = Engine()
+def test_observed_rows_are_the_rotated_queries_of_every_layer(kind: Kind) -> None:
+    engine = Engine(kind)
     for name, order in {"a": orders(0, 4), "b": orders(0, 1)}.items():
         engine.table.append(name, order, order)
     batch = [SequenceRows("b", 4, 5), SequenceRows("a", 0, 4)]
-    attention = PagedAttention(engine.table, engine.store, batch, observe={"a": [2, 3], "b": range(4, 5)})
+    attention = kind(engine.table, engine.store, batch, observe={"a": [2, 3], "b": range(4, 5)})
     q, k, v = (engine.rows(5, h) for h in (KV_HEADS * GROUP, KV_HEADS, KV_HEADS))
     for layer in range(LAYERS):
         attention.attend(layer, q[layer], k[layer], v[layer])
@@ -149,8 +160,8 @@ def test_observed_rows_are_the_rotated_queries_of_every_layer() -> None:
     assert torch.equal(k_read[:, 0], k[1, 4])
 
 
-def test_pages_in_bf16_serve_queries_in_fp32() -> None:
-    engine = Engine()
+def test_pages_in_bf16_serve_queries_in_fp32(kind: Kind) -> None:
+    engine = Engine(kind)
     engine.store = PageStore(400, PAGE_SIZE, WIDTH, torch.bfloat16)
     q, k, v = (engine.rows(6, h) for h in (KV_HEADS * GROUP, KV_HEADS, KV_HEADS))
     engine.step({"a": orders(0, 6)}, (q, k.bfloat16().float(), v.bfloat16().float()))

@@ -13,7 +13,7 @@ from mmserve.errors import MMServeError
 from mmserve.evaluation.suites import Example
 from mmserve.generation import Deliver
 from mmserve.llm import LLM
-from mmserve.request import Chunk, Completion
+from mmserve.request import Chunk, RequestOutput
 from mmserve.sampling import SamplingParams
 
 from .conftest import ask
@@ -30,13 +30,13 @@ class Crowd:
     def __init__(self, llm: LLM, clips: list[tuple[Path, Example]]) -> None:
         self._news = threading.Condition()
         self._tokens = 0
-        self.results: dict[int, Completion | MMServeError] = {}
+        self.results: dict[int, RequestOutput | MMServeError] = {}
         for number in range(REQUESTS):
             clip, example = clips[number]
             llm.submit(ask(clip, example.question.text), PARAMS, deliver=self._listener(number))
 
     def _listener(self, number: int) -> Deliver:
-        def deliver(news: Chunk | Completion | MMServeError) -> None:
+        def deliver(news: Chunk | RequestOutput | MMServeError) -> None:
             with self._news:
                 if isinstance(news, Chunk):
                     self._tokens += len(news.token_ids)
@@ -54,10 +54,12 @@ class Crowd:
     def answers(self) -> list[tuple[int, ...]]:
         with self._news:
             assert self._news.wait_for(lambda: len(self.results) == REQUESTS, DEADLINE_S)
-        errors = [result for result in self.results.values() if not isinstance(result, Completion)]
+        errors = [result for result in self.results.values() if not isinstance(result, RequestOutput)]
         assert not errors, errors
         return [
-            result.token_ids for _, result in sorted(self.results.items()) if isinstance(result, Completion)
+            result.outputs[0].token_ids
+            for _, result in sorted(self.results.items())
+            if isinstance(result, RequestOutput)
         ]
 
 

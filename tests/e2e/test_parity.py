@@ -12,8 +12,9 @@ import pytest
 
 from mmserve.evaluation.oracle import OracleAnswer, TransformersOracle
 from mmserve.evaluation.suites import Example, Media, examples
-from mmserve.llm import LLM, RequestOutput
+from mmserve.llm import LLM
 from mmserve.models.resolve import resolve
+from mmserve.request import RequestOutput
 from mmserve.sampling import SamplingParams
 
 from .conftest import Conversation, ask

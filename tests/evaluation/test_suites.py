@@ -42,9 +42,10 @@ def scene_seed(example: Example) -> int:
 
 def test_suites_and_training_never_share_a_scene() -> None:
     """Same seed, same index: the streams stay apart."""
-    from mmserve.evaluation import tiny_data
+    from mmserve.evaluation import curriculum, tiny_data
 
-    trained = {tiny_data.make_clip(0, index, 8, "answer")[0] for index in range(4)}
+    trained = {tiny_data.make_clip(0, index, 8)[0] for index in range(4)}
+    trained |= {curriculum.make_scene(0, "stream", index)[0] for index in range(2)}
     held_out = {media.scene for suite in SUITES for example in sample(suite)[:200] for media in example.media}
     assert not trained & held_out
     assert not {scene.seed for scene in trained} & {scene.seed for scene in held_out}

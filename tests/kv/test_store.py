@@ -11,6 +11,7 @@ import torch
 from mmserve.errors import WireError
 from mmserve.kv.store import PageStore, num_pages_for
 from mmserve.kv.table import OutOfPages, PageTable
+from mmserve.models.rope import rope_angles, rope_frequencies, rotate
 
 LAYERS, HEADS, WIDTH = 2, 3, 8
 
@@ -43,6 +44,32 @@ def test_memory_is_counted_in_pages() -> None:
     store = PageStore(3, 32, 64, torch.bfloat16)
     assert store.page_bytes == 2 * 32 * 64 * 2
     assert num_pages_for(10 * store.page_bytes + 1, page_size=32, head_dim=64, dtype=torch.bfloat16) == 10
+
+
+def rotated(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Keys [n, d] as a model rotates them."""
+    return rotate(x[:, None], *rope_angles(positions, rope_frequencies(WIDTH, 1e4), torch.float32))[:, 0]
+
+
+def test_rerotated_keys_are_those_of_their_new_positions() -> None:
+    table, store, rows = filled()
+    order = torch.arange(11)
+    for layer, head in np.ndindex(LAYERS, HEADS):
+        slots = table.slots("a", layer)[head]
+        store.write(slots, rotated(rows[0, layer, head], order + 5), rows[1, layer, head])
+    before = store.read(table.slots("a", 1))
+    store.copy(*table.fork("a", "b"))
+    store.copy(*table.keep("a", 1, 0, np.arange(0, 11, 2)))
+    store.rerotate(table.rerotate("a", 1, 0, -np.arange(6, dtype=np.int32)), rope_frequencies(WIDTH, 1e4))
+    store.rerotate(table.rerotate("a", 1, 1, 300), rope_frequencies(WIDTH, 1e4))
+    for head, kept in ((0, order[::2]), (1, order), (2, order)):
+        slots = table.slots("a", 1)[head]
+        k, v = store.read(slots[slots >= 0])
+        position = torch.from_numpy(table.position("a", 1, head))
+        torch.testing.assert_close(k, rotated(rows[0, 1, head, kept], position), rtol=1e-5, atol=1e-5)
+        assert torch.equal(v, rows[1, 1, head, kept])
+    # the fork still shares what was not moved, and keeps what was
+    assert all(torch.equal(a, b) for a, b in zip(store.read(table.slots("b", 1)), before, strict=True))
 
 
 @pytest.mark.parametrize("page_size", [4, 8])

@@ -1,15 +1,11 @@
-"""PageTable: single operations by example, and any sequence of operations against a model."""
+"""PageTable: single operations by example; any sequence of them is in tests/property."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from mmserve.kv.pool import PagePool
-from mmserve.kv.table import NO_ORDER, IntArray, Moves, OutOfPages, PageTable, SlotArray
+from mmserve.kv.table import NO_ORDER, IntArray, OutOfPages, PageTable
 
 
 def ints(*values: int) -> IntArray:
@@ -37,6 +33,40 @@ def test_reserved_pages_keep_later_slots_contiguous() -> None:
     first = table.append("a", span(0, 5), span(0, 5))
     second = table.append("a", span(5, 12), span(5, 12))
     assert (np.diff(np.concatenate([first, second], axis=2)) == 1).all()
+
+
+def flattened(table: PageTable, name: str, layer: int, head: int) -> list[int]:
+    """The slots of a head as its runs list them."""
+    first, length = table.runs(name)
+    pairs = zip(first[:, layer, head].tolist(), length[:, layer, head].tolist(), strict=True)
+    return [slot for start, count in pairs for slot in range(start, start + count)]
+
+
+def test_what_was_reserved_at_once_is_one_run() -> None:
+    table = PageTable(2, 3, 100, 4)
+    table.reserve("a", 12)
+    assert len(table.runs("a").first) == 0
+    slots = table.append("a", span(0, 5), span(0, 5))
+    table.append("b", span(0, 2), span(0, 2))
+    runs = table.runs("a")
+    assert runs.first.tolist() == slots[None, :, :, 0].tolist()
+    assert (np.diff(runs.first[0]) == runs.first[0, 0, 1] - runs.first[0, 0, 0]).all()
+    assert (runs.length == 5).all()
+    table.append("a", span(5, 12), span(5, 12))
+    assert table.runs("a").length.tolist() == np.full((1, 2, 3), 12).tolist()
+    assert table.runs("a").first.base is runs.first.base  # nothing was laid out anew
+
+
+def test_runs_break_where_any_head_does() -> None:
+    table = PageTable(1, 2, 100, 4)
+    table.append("a", span(0, 8), span(0, 8))
+    table.append("a", span(8, 13), span(8, 13))
+    assert table.runs("a").length.tolist() == [[[8, 8]], [[5, 5]]]
+    table.keep("a", 0, 1, np.array([0, 1, 12]))
+    assert table.runs("a").length.tolist() == [[[8, 3]], [[5, 0]]]
+    for head in range(2):
+        slots = table.slots("a", 0)[head]
+        assert flattened(table, "a", 0, head) == slots[slots >= 0].tolist()
 
 
 def test_running_out_changes_nothing() -> None:
@@ -123,115 +153,92 @@ def test_restore_recreates_lengths_orders_and_positions() -> None:
     table.check()
 
 
-def test_the_pool_prefers_the_smallest_run_that_fits() -> None:
-    pool = PagePool(10)
-    pool.take(10)
-    pool.release(ints(0, 1, 2, 3, 5, 6, 9))
-    assert pool.take(2).tolist() == [5, 6]
-    assert pool.take(5).tolist() == [0, 1, 2, 3, 9]
-    assert pool.take(0).tolist() == []
+def test_heads_of_a_single_layer_may_differ() -> None:
+    table = PageTable(1, 2, 20, 4)
+    table.append("a", span(0, 6), span(0, 6))
+    table.keep("a", 0, 1, np.array([5]))
+    assert table.orders("a", 0).tolist() == [list(range(6)), [5, *[NO_ORDER] * 5]]
+    table.append("a", ints(6), ints(6))
+    assert table.order("a", 0, 1).tolist() == [5, 6]
 
 
-NAMES = ["a", "b", "c"]
-LAYERS, HEADS, PAGE_SIZE, PAGES = 2, 2, 4, 40
-Content = dict[tuple[int, int], list[tuple[int, int, int]]]
+def test_shared_pages_outlive_their_sequence_and_begin_another() -> None:
+    table = PageTable(2, 2, 40, 4)
+    slots = table.append("a", span(0, 10), span(5, 15))
+    pages = table.share("a", 0, 2)
+    assert pages.shape == (2, 2, 2)
+    assert not table.is_unshared(pages).any()
+    table.release("a")
+    assert table.used_pages == pages.size
+    assert table.is_unshared(pages).all()
+    table.check([pages])
+
+    table.adopt("b", pages, span(0, 8), span(5, 13))
+    assert table.lengths("b").tolist() == [[8, 8], [8, 8]]
+    assert table.slots("b", 1).tolist() == slots[1, :, :8].tolist()
+    assert table.position("b", 1, 0).tolist() == list(range(5, 13))
+    new = table.append("b", ints(8), ints(13))
+    assert not np.isin(new // 4, pages).any()
+    table.keep("b", 0, 0, np.arange(3))
+    table.check([pages])
+    table.drop(pages)
+    table.check()
+    table.release("b")
+    assert table.free_pages == 40
 
 
-class TableMachine(RuleBasedStateMachine):
-    """A store of plain integers beside the table: every sequence must always read back what was put in."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = PageTable(LAYERS, HEADS, PAGES, PAGE_SIZE)
-        self.store = np.zeros(PAGES * PAGE_SIZE, np.int64)
-        self.model: dict[str, Content] = {}
-        self.next = 1
-
-    @initialize(spread=st.integers(0, 20))
-    def start_anywhere(self, spread: int) -> None:
-        self.next += spread
-
-    def copy(self, moves: Moves) -> None:
-        self.store[moves.destination] = self.store[moves.source]
-
-    @rule(name=st.sampled_from(NAMES), count=st.integers(0, 9))
-    def append(self, name: str, count: int) -> None:
-        order, position = span(self.next, self.next + count), span(0, count)
-        fits = self.table.can_append(name, count)
-        try:
-            slots = self.table.append(name, order, position)
-        except OutOfPages:
-            assert not fits
-            return
-        assert fits
-        new = np.arange(count * LAYERS * HEADS).reshape(LAYERS, HEADS, count) + self.next * 1000
-        self.store[slots] = new
-        content = self.model.setdefault(name, {(la, h): [] for la in range(LAYERS) for h in range(HEADS)})
-        for (layer, head), rows in content.items():
-            rows += zip(order.tolist(), position.tolist(), new[layer, head].tolist(), strict=True)
-        self.next += count
-
-    @rule(name=st.sampled_from(NAMES), count=st.integers(0, 9))
-    def reserve(self, name: str, count: int) -> None:
-        if name in self.model and self.table.can_append(name, count):
-            self.table.reserve(name, count)
-
-    @precondition(lambda self: self.model)
-    @rule(data=st.data())
-    def keep(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(sorted(self.model)))
-        layer, head = data.draw(st.integers(0, LAYERS - 1)), data.draw(st.integers(0, HEADS - 1))
-        rows = self.model[name][layer, head]
-        mask = np.array(data.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows))), bool)
-        chosen: SlotArray = np.flatnonzero(mask)
-        try:
-            self.copy(self.table.keep(name, layer, head, chosen))
-        except OutOfPages:
-            return
-        self.model[name][layer, head] = [rows[i] for i in chosen]
-
-    @precondition(lambda self: self.model)
-    @rule(data=st.data(), child=st.sampled_from(NAMES))
-    def fork(self, data: st.DataObject, child: str) -> None:
-        parent = data.draw(st.sampled_from(sorted(self.model)))
-        if child in self.model:
-            return
-        try:
-            self.copy(self.table.fork(parent, child))
-        except OutOfPages:
-            assert child not in self.table
-            return
-        self.model[child] = {key: list(rows) for key, rows in self.model[parent].items()}
-
-    @precondition(lambda self: self.model)
-    @rule(data=st.data())
-    def release(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(sorted(self.model)))
-        self.table.release(name)
-        del self.model[name]
-
-    @invariant()
-    def pages_are_conserved(self) -> None:
-        self.table.check()
-        assert self.table.free_pages + self.table.used_pages == PAGES
-        assert self.model or self.table.used_pages == 0
-
-    @invariant()
-    def contents_survive(self) -> None:
-        for name, content in self.model.items():
-            lengths = self.table.lengths(name)
-            for (layer, head), rows in content.items():
-                assert lengths[layer, head] == len(rows)
-                slots = self.table.slots(name, layer)[head]
-                assert (slots[len(rows) :] == -1).all()
-                found = zip(
-                    self.table.order(name, layer, head).tolist(),
-                    self.table.position(name, layer, head).tolist(),
-                    self.store[slots[: len(rows)]].tolist(),
-                    strict=True,
-                )
-                assert list(found) == rows
+def test_only_full_pages_of_like_heads_are_shared() -> None:
+    table = PageTable(1, 2, 40, 4)
+    table.append("a", span(0, 10), span(0, 10))
+    with pytest.raises(AssertionError, match="full"):
+        table.share("a", 1, 2)
+    table.keep("a", 0, 0, np.arange(9))
+    with pytest.raises(AssertionError, match="different slots"):
+        table.share("a", 0, 1)
 
 
-TestTableMachine = TableMachine.TestCase
-TestTableMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+def test_rerotate_moves_to_fresh_pages_and_notes_the_positions() -> None:
+    table = PageTable(2, 2, 40, 4)
+    slots = table.append("a", span(0, 6), span(0, 6))
+    table.fork("a", "b")
+    turns = table.rerotate("a", 1, None, ints(0, 0, -1, -1, -2, -2))
+    assert turns.source.tolist() == slots[1].flatten().tolist()
+    assert turns.delta.tolist() == [0, 0, -1, -1, -2, -2] * 2
+    assert not np.isin(turns.destination, turns.source).any()
+    assert table.slots("a", 1).flatten().tolist() == turns.destination.tolist()
+    for head in range(2):
+        assert table.position("a", 1, head).tolist() == [0, 1, 1, 2, 2, 3]
+        assert table.position("a", 0, head).tolist() == list(range(6))
+        assert table.position("b", 1, head).tolist() == list(range(6))
+    assert table.rerotate("a", 0, 1, 3).delta.tolist() == [3] * 6
+    table.check()
+
+
+def test_rerotate_without_room_changes_nothing() -> None:
+    table = PageTable(1, 2, 7, 4)
+    table.append("a", span(0, 6), span(0, 6))
+    with pytest.raises(OutOfPages, match="Expected 4 free KV pages, but got 3"):
+        table.rerotate("a", 0, None, 1)
+    assert table.position("a", 0, 0).tolist() == list(range(6))
+    assert len(table.rerotate("a", 0, 0, 1).source) == 6
+    table.check()
+
+
+def test_a_slot_may_have_three_positions() -> None:
+    table = PageTable(2, 2, 60, 4, axes=3)
+    positions = np.arange(18, dtype=np.int32).reshape(6, 3)
+    table.append("a", span(0, 6), positions)
+    table.fork("a", "b")
+    table.keep("a", 0, 1, np.array([1, 5]))
+    table.append("a", ints(6), ints(9, 9, 9).reshape(1, 3))
+    assert table.position("a", 0, 1).tolist() == [[3, 4, 5], [15, 16, 17], [9, 9, 9]]
+    assert table.position("b", 0, 1).tolist() == positions.tolist()
+    table.rerotate("b", 1, 0, 2)
+    assert table.position("b", 1, 0).tolist() == (positions + 2).tolist()
+    with pytest.raises(AssertionError, match="shape"):
+        table.append("a", ints(7), ints(10))
+    heads = [(layer, head) for layer in range(2) for head in range(2)]
+    order, position = ([read("a", *head) for head in heads] for read in (table.order, table.position))
+    table.restore("c", table.lengths("a"), np.concatenate(order), np.concatenate(position))
+    assert all(np.array_equal(table.position("c", *head), table.position("a", *head)) for head in heads)
+    table.check()

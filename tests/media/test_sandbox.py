@@ -21,8 +21,10 @@ from PIL import Image
 from mmserve.errors import BadRequest, MediaError, Unavailable, WireError
 from mmserve.media import protocol
 from mmserve.media.arrays import save_frames
+from mmserve.media.digest import file_digest
 from mmserve.media.limits import MediaLimits
 from mmserve.media.sandbox import Sandbox
+from mmserve.media.store import ContentStore
 from mmserve.media.video import decode_frames, plan_video
 from mmserve.request import MediaOptions, MediaRef
 from tests.media.clips import make_video, reference, shade, shade_of
@@ -77,12 +79,25 @@ def test_images_have_one_frame(sandbox: Sandbox, tmp_path: Path) -> None:
 
 def test_arrays_are_taken_as_sampled(sandbox: Sandbox, tmp_path: Path) -> None:
     frames = np.random.default_rng(0).integers(0, 255, (5, 4, 6, 3), dtype=np.uint8)
-    ref = save_frames(frames, tmp_path, "video", fps=2.0)
+    store = ContentStore(tmp_path)
+    ref = save_frames(frames, store, "video", fps=2.0)
     plan = sandbox.plan(ref)
     assert plan.times_s == (0.0, 0.5, 1.0, 1.5, 2.0)
     np.testing.assert_array_equal(sandbox.decode(ref, plan, [1, 3]).frames, frames[[1, 3]])
-    image = save_frames(frames[0], tmp_path, "image")
+    image = save_frames(frames[0], store, "image")
     np.testing.assert_array_equal(sandbox.decode(image, sandbox.plan(image)).frames, frames[:1])
+
+
+def test_an_array_is_one_file_as_long_as_somebody_holds_it(tmp_path: Path) -> None:
+    store = ContentStore(tmp_path)
+    frames = np.zeros((2, 4, 4, 3), dtype=np.uint8)
+    first, second = (save_frames(frames, store, "video", fps=fps) for fps in (1.0, 2.0))
+    assert first.path == second.path
+    assert first.digest == file_digest(first.path)
+    store.release(first.path)
+    assert np.array_equal(np.load(second.path), frames)
+    store.release(second.path)
+    assert list(tmp_path.glob("*.npy")) == []
 
 
 @pytest.mark.parametrize(
@@ -101,8 +116,9 @@ def test_other_arrays_are_refused(
     with pytest.raises(MediaError):
         sandbox.plan(reference(tmp_path / "frames.npy"))
     if array.dtype == np.float32:
+        store = ContentStore(tmp_path)
         with pytest.raises(BadRequest, match="uint8"):
-            save_frames(array, tmp_path, "video", fps=1.0)  # type: ignore[arg-type]  # the wrong type is the test
+            save_frames(array, store, "video", fps=1.0)  # type: ignore[arg-type]  # the wrong type is the test
 
 
 def test_damage_is_reported_as_lost_positions(sandbox: Sandbox, tmp_path: Path) -> None:

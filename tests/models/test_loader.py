@@ -135,7 +135,7 @@ def test_sharded_checkpoints_load_what_the_index_names(folder: Path) -> None:
 
 
 def test_weights_take_the_asked_type_and_need_no_gradient(folder: Path) -> None:
-    checkpoint = load_checkpoint(folder, torch.bfloat16)
+    checkpoint = load_checkpoint(folder, "bfloat16")
     decoder = load_decoder(checkpoint)
     assert {p.dtype for p in decoder.parameters()} == {torch.bfloat16}
     assert not any(p.requires_grad for p in decoder.parameters())

@@ -231,3 +231,60 @@ def test_requests_answer_side_by_side(server: RunningServer) -> None:
         server.pipeline.gate.set()
         for stream in streams:
             assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == ANSWER
+
+
+# several answers
+
+
+def test_several_answers_are_choices_of_one_response(server: RunningServer) -> None:
+    body = ask(server, messages=VIDEO, n=3, temperature=0.5, seed=4, mmserve={"report": True}).json()
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
+    assert [choice["message"]["content"] for choice in body["choices"]] == [ANSWER] * 3
+    assert sorted(prompt.sampling.seed or 0 for prompt in server.pipeline.prompts) == [4, 5, 6]
+    one = ask(server, messages=VIDEO, temperature=0.5).json()["usage"]
+    assert body["usage"]["prompt_tokens"] == one["prompt_tokens"]
+    assert body["usage"]["completion_tokens"] == 3 * one["completion_tokens"]
+    assert set(body["usage"]["mmserve"]) == REPORT_KEYS
+
+
+def test_several_answers_stream_beside_each_other(client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "What moves?"}],
+        n=3,
+        temperature=0.5,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    *chunks, last = list(stream)
+    choices = [choice for chunk in chunks for choice in chunk.choices]
+    for index in range(3):
+        mine = [choice for choice in choices if choice.index == index]
+        assert mine[0].delta.role == "assistant"
+        assert "".join(choice.delta.content or "" for choice in mine) == ANSWER
+        assert [choice.finish_reason for choice in mine if choice.finish_reason] == ["stop"]
+        assert mine[-1].finish_reason == "stop"
+    assert last.choices == []
+    assert last.usage is not None
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_several_greedy_answers_are_refused(server: RunningServer) -> None:
+    response = ask(server, n=2)
+    assert response.status_code == 400
+    assert "Expected n of 1 with temperature 0" in response.json()["error"]["message"]
+    assert server.pipeline.prompts == []
+
+
+def test_several_answers_need_room_for_all(server: RunningServer) -> None:
+    for _ in range(60):
+        server.pipeline.admit(lambda _: None)
+    assert ask(server, n=5, temperature=0.5).status_code == 429
+    assert len(server.pipeline.records) == 60
+    assert ask(server, n=4, temperature=0.5).status_code == 200
+    server.pipeline.records.clear()
+
+
+def test_a_stop_text_is_kept_where_it_is_wanted(server: RunningServer) -> None:
+    body = ask(server, stop=["then"], include_stop_str_in_output=True).json()
+    assert body["choices"][0]["message"]["content"] == ANSWER[: ANSWER.index("then") + 4]

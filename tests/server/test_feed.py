@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mmserve.request import Chunk
+from mmserve.request import Chunk, FinishReason
 from mmserve.sampling import Logprob
 from mmserve.server import feed as feed_module
 from mmserve.server.feed import MAX_BYTES, MAX_EVENTS, Feed, SlowReader
@@ -53,6 +53,24 @@ def test_many_chunks_join_and_nothing_is_lost() -> None:
         assert "".join(chunk.text for chunk in chunks) == "x" * count
         assert [token for chunk in chunks for token in chunk.token_ids] == list(range(count))
         assert sum(len(chunk.logprobs or ()) for chunk in chunks) == count
+
+    assert run(scenario) == []
+
+
+def test_chunks_join_only_within_their_answer() -> None:
+    count = 3 * MAX_EVENTS
+
+    async def scenario(feed: Feed, _: list[str]) -> None:
+        await put(feed, *(Chunk(text="x", token_ids=(place,), index=place % 4) for place in range(count)))
+        await put(feed, Chunk(text="", index=2, finish_reason=FinishReason.STOP), Chunk(text="new", index=9))
+        got = [await feed.get() for _ in range(MAX_EVENTS + 1)]
+        chunks = [chunk for chunk in got if isinstance(chunk, Chunk)]
+        for index in range(4):
+            mine = [chunk for chunk in chunks if chunk.index == index]
+            tokens = [token for chunk in mine for token in chunk.token_ids]
+            assert tokens == list(range(index, count, 4))
+            assert mine[-1].finish_reason == (FinishReason.STOP if index == 2 else None)
+        assert [chunk.text for chunk in chunks if chunk.index == 9] == ["new"]
 
     assert run(scenario) == []
 

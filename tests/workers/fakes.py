@@ -83,6 +83,7 @@ class Engine:
         page_size: int = 4,
         roles: tuple[m.Role, ...] = BOTH,
         decoder: TextDecoder | None = None,
+        token_budget: int = 2048,
     ) -> None:
         self.leases = LeaseStore([directory])
         self.reporter = FakeReporter()
@@ -98,10 +99,19 @@ class Engine:
             leases=self.leases,
             lease_directories=[directory],
             reporter=self.reporter,
+            token_budget=token_budget,
         )
         self.reporter.handler = self.handler
         self.sampling: dict[str, SamplingParams] = {}
         self.forced: dict[str, tuple[int, ...]] = {}
+
+    @property
+    def used_pages(self) -> int:
+        """Pages that belong to a sequence; those that are only remembered are as good as free."""
+        return self.table.used_pages - self.runner.prefix.evictable_pages
+
+    def check(self) -> None:
+        self.table.check([self.runner.prefix.pages])
 
     def run(self, limit: int = 500) -> None:
         for _ in range(limit):
@@ -160,7 +170,7 @@ class Engine:
         self.handler.handle(command)
         return command
 
-    def item(self, tokens: int, kept: list[int] | None = None, seed: int = 0) -> m.EncodedItem:
+    def item(self, tokens: int, kept: list[int] | None = None, seed: int = 0, key: str = "") -> m.EncodedItem:
         """A published media item of so many tokens."""
         rows = list(range(tokens)) if kept is None else kept
         generator = np.random.default_rng(seed)
@@ -169,7 +179,7 @@ class Engine:
             "source": np.array(rows, np.int32),
         }
         lease = self.leases.publish(arrays, ttl_s=60)
-        return m.EncodedItem(lease=lease, tokens=tokens, kept=len(rows))
+        return m.EncodedItem(lease=lease, tokens=tokens, kept=len(rows), key=key)
 
     def answer(self, name: str) -> list[int]:
         """Generated tokens of a request in order, each once."""

@@ -13,14 +13,13 @@ from hypothesis import strategies as st
 
 from mmserve import messages as m
 from mmserve.attention.paged import PagedAttention, SequenceRows
-from mmserve.engine.plan import Plan
 from mmserve.engine.runner import DecodeRow
+from mmserve.engine.scheduler import Plan
 from mmserve.kv.store import PageStore
 from mmserve.kv.table import PageTable
 from mmserve.request import FinishReason, Methods
 from mmserve.sampling import SamplingParams
 from mmserve.transfer import LeaseStore
-from mmserve.workers import language
 from tests.workers.fakes import BOTH, EOS, IMAGE, VIDEO, Engine, tiny_decoder
 
 LONG = SamplingParams(max_tokens=8, ignore_eos=True)
@@ -53,7 +52,7 @@ def test_an_answer_equals_the_whole_text_run_anew_for_each_token(tmp_path: Path)
     assert engine.answer("r") == dense_answer(prompt, 8)
     last = engine.reporter.of(m.TokensDecoded)[-1].tokens[-1]
     assert last.finish is FinishReason.LENGTH
-    assert engine.table.used_pages == 0
+    assert engine.used_pages == 0
 
 
 @pytest.mark.parametrize("kv", ["none", "snapkv", "random"])
@@ -63,13 +62,12 @@ def test_a_prompt_in_chunks_equals_a_prompt_in_one_step(
 ) -> None:
     answers, events = [], []
     for rows in (2048, budget):
-        monkeypatch.setattr(language, "TOKEN_BUDGET", rows)
-        engine = Engine(tmp_path)
+        engine = Engine(tmp_path, token_budget=rows)
         methods = Methods(kv=kv, kv_budget=0.5)
         engine.prefill("a", MIXED, mixed(engine), sampling=LONG, methods=methods)
         engine.prefill("b", (9, 8, 7), sampling=LONG)
         engine.finish()
-        assert engine.table.used_pages == 0
+        assert engine.used_pages == 0
         answers.append((engine.answer("a"), engine.answer("b")))
         events.append(next(e for e in engine.reporter.of(m.PromptPrefilled) if e.request_id == "a"))
     assert answers[0] == answers[1]
@@ -96,11 +94,11 @@ def test_prefill_here_and_decode_there_equals_one_worker(tmp_path: Path, kv: str
     prefill.run()
     (event,) = prefill.reporter.of(m.PromptPrefilled)
     assert event.lease is not None
-    assert prefill.table.used_pages == 0, "a handed-off prompt stays"
+    assert prefill.used_pages == 0, "a handed-off prompt stays"
     decode.handler.handle(prefill.continuation(event))
     decode.run()
     assert prefill.answer("r") + decode.answer("r") == together.answer("r")
-    assert decode.table.used_pages == 0
+    assert decode.used_pages == 0
     leases = prefill.leases.num_held
     prefill.handler.handle(m.ReleaseLease(lease_id=event.lease.lease_id))
     assert prefill.leases.num_held == leases - 1
@@ -150,16 +148,13 @@ def test_an_end_of_sequence_ends_the_answer_unless_it_is_ignored(tmp_path: Path)
         firsts = [event.first for event in engine.reporter.of(m.PromptPrefilled)]
         stopped = [first for first in firsts if first is not None and first.finish is FinishReason.STOP]
         assert bool(stopped) == (not ignore)
-        assert engine.table.used_pages == 0
+        assert engine.used_pages == 0
 
 
 @pytest.mark.parametrize("steps", range(9))
 @pytest.mark.parametrize("hand_off", [False, True])
-def test_cancel_in_every_state_frees_all_pages(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, hand_off: bool
-) -> None:
-    monkeypatch.setattr(language, "TOKEN_BUDGET", 4)
-    engine = Engine(tmp_path)
+def test_cancel_in_every_state_frees_all_pages(tmp_path: Path, steps: int, hand_off: bool) -> None:
+    engine = Engine(tmp_path, token_budget=4)
     idle = engine.handler.credits()
     engine.prefill("gone", MIXED, mixed(engine), methods=Methods(kv="snapkv"), hand_off=hand_off)
     for _ in range(steps):
@@ -169,14 +164,14 @@ def test_cancel_in_every_state_frees_all_pages(
         engine.reporter.events.clear()
     for name in ("gone", "gone", "unknown"):
         engine.handler.handle(m.CancelRequest(request_id=name))
-    assert engine.table.used_pages == 0
+    assert engine.used_pages == 0
     assert engine.handler.credits() == idle == engine.handler.capacity
     engine.run()
     assert not engine.reporter.events
     engine.prefill("next", (1, 2, 3))
     engine.finish()
     assert len(engine.answer("next")) == 5
-    engine.table.check()
+    engine.check()
 
 
 # errors
@@ -221,7 +216,7 @@ def test_what_cannot_run_is_answered_and_the_handler_goes_on(
     assert (failure.request_id, failure.code) == ("bad", code)
     assert "Traceback" not in failure.public_message
     assert len(engine.answer("good")) == 5
-    assert engine.table.used_pages == 0
+    assert engine.used_pages == 0
     assert engine.handler.credits() == engine.handler.capacity
     assert bool(caplog.records) == (code == "internal_error")
 
@@ -255,7 +250,7 @@ def test_a_step_that_fails_is_answered_for_everyone_in_it(
         engine.run()
     assert {event.request_id for event in engine.reporter.of(m.RequestFailed)} == {"a", "b"}
     assert "0x7f" not in engine.reporter.of(m.RequestFailed)[0].public_message
-    assert engine.table.used_pages == 0
+    assert engine.used_pages == 0
     assert len(caplog.records) == 2
     engine.prefill("c", (1, 2, 3))
     engine.finish()
@@ -275,7 +270,7 @@ def test_scores_that_are_not_numbers_fail_one_request_only(
     engine.finish()
     assert [event.request_id for event in engine.reporter.of(m.RequestFailed)] == ["nan"]
     assert len(engine.answer("good")) == 5
-    assert engine.table.used_pages == 0
+    assert engine.used_pages == 0
     assert len(caplog.records) == 1
 
 
@@ -292,7 +287,7 @@ def test_a_full_transfer_directory_fails_one_request_only(
         patch.setattr(LeaseStore, "publish", publish)
         engine.run()
     assert [event.request_id for event in engine.reporter.of(m.RequestFailed)] == ["r"]
-    assert engine.table.used_pages == 0
+    assert engine.used_pages == 0
     assert caplog.records
 
 
@@ -348,7 +343,7 @@ def test_who_spends_no_more_than_the_credits_never_runs_out_of_pages(
     assert not engine.reporter.of(m.RequestFailed)
     for name in expected - cancelled:
         assert len(engine.answer(name)) == engine.sampling[name].max_tokens
-    assert engine.table.used_pages == 0
+    assert engine.used_pages == 0
     assert engine.handler.credits() == capacity
     assert all(credits.slots <= capacity.slots for credits in engine.reporter.credits)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from signal import SIGKILL, SIGSEGV
+
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mmserve import messages as m
 from mmserve.request import MediaRef, Prompt, Timings, Usage
+from mmserve.sampling import Logprob
 from mmserve.workers.records import Item, Record, State, Worker
 
 LEASE = m.Lease(lease_id="0" * 32, path="/x", total_bytes=1, arrays=(), checksum=0)
@@ -30,8 +34,7 @@ def record(items: list[Item] | None = None, **changes: object) -> Record:
     return made
 
 
-def prefilled(**ms: float) -> m.PromptPrefilled:
-    times = {"queue_ms": 0.0, "transfer_ms": 0.0, "prefill_ms": 0.0} | ms
+def prefilled(queue_ms: float = 0.0, transfer_ms: float = 0.0, prefill_ms: float = 0.0) -> m.PromptPrefilled:
     return m.PromptPrefilled(
         request_id="r",
         attempt=0,
@@ -42,7 +45,9 @@ def prefilled(**ms: float) -> m.PromptPrefilled:
         slots=1,
         kv_bytes=30,
         kv_bytes_uncompressed=90,
-        **times,
+        queue_ms=queue_ms,
+        transfer_ms=transfer_ms,
+        prefill_ms=prefill_ms,
     )
 
 
@@ -58,6 +63,39 @@ def test_usage_counts_tokens_before_and_after_reduction() -> None:
         kv_bytes=30,
         kv_bytes_uncompressed=90,
     )
+
+
+def test_what_is_reported_at_the_end_is_the_first_prefill() -> None:
+    first, again = prefilled(), prefilled()
+    logprobs = (None, {7: Logprob(logprob=-1.0, rank=1)})
+    first = msgspec.structs.replace(first, cached_slots=2, prompt_logprobs=logprobs)
+    made = record([item(5, 5, cached=1)])
+    made.take_prefilled(first)
+    assert made.prompt_logprobs == logprobs
+    made.items, made.prefilled = [item(5, 5, cached=5)], None
+    assert made.prompt_logprobs is None
+    made.take_prefilled(again)
+    made.end(State.FINISHED, 11.0)
+    assert (made.state, made.ended_at, made.kv_lease) == (State.FINISHED, 11.0, None)
+    assert (made.usage().cached_tokens, made.usage().visual_tokens_cached) == (2, 1)
+    assert made.prompt_logprobs == logprobs
+
+
+@pytest.mark.parametrize(
+    ("signals", "poisoned"),
+    [
+        ([SIGSEGV], [False]),
+        ([SIGSEGV, SIGSEGV], [False, True]),
+        ([SIGKILL, SIGSEGV], [False, True]),
+        ([SIGKILL, SIGKILL, SIGKILL], [False, False, True]),
+    ],
+)
+def test_a_second_death_alone_is_poison_and_sigkill_counts_less(
+    signals: list[int], poisoned: list[bool]
+) -> None:
+    made = record()
+    assert [made.blame(signal) for signal in signals] == poisoned
+    assert made.is_suspect
 
 
 def test_usage_of_a_request_that_ended_early_is_what_is_known() -> None:

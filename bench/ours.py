@@ -1,0 +1,74 @@
+"""mmserve's side of a benchmark: `LLM` with every stage in this process, as a user would call it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from mmserve.bench.requests import Ask, messages, video
+from mmserve.bench.side import Job, Outcome, SideConfig
+from mmserve.llm import LLM
+from mmserve.media.preprocess import Preprocessing
+from mmserve.sampling import SamplingParams
+
+CANDIDATES = 20  # first tokens whose log-probabilities are compared
+
+
+class OurSide:
+    def __init__(self, config: SideConfig) -> None:
+        self._frame_side = Preprocessing.from_model_dir(Path(config.checkpoint)).video.side
+        self._llm = LLM(
+            config.checkpoint, dtype=config.dtype, threads=config.threads, kv_memory=config.kv_memory
+        )
+
+    def run(self, job: Job) -> Outcome:
+        conversations = self._conversations(job.asks)
+        sampling = SamplingParams(temperature=0, max_tokens=job.tokens, ignore_eos=True)
+        if job.kind == "score":
+            return self._score(conversations[0], job)
+        if job.kind == "decode":
+            return Outcome(seconds=self._decode(conversations, sampling))
+        started_at = time.perf_counter()
+        if job.kind == "together":
+            self._llm.chat(conversations, sampling)
+        else:
+            for conversation in conversations:
+                self._llm.chat(conversation, sampling)
+        return Outcome(seconds=time.perf_counter() - started_at)
+
+    def _conversations(self, asks: Sequence[Ask]) -> list[list[Mapping[str, Any]]]:
+        videos = {(ask.video, ask.frames): video(ask.video, ask.frames, self._frame_side) for ask in asks}
+        return [messages(ask, videos[ask.video, ask.frames]) for ask in asks]
+
+    def _decode(self, conversations: list[list[Mapping[str, Any]]], sampling: SamplingParams) -> float:
+        """The second time, every prompt is in the prefix cache, so that all requests decode together."""
+        self._llm.chat(conversations, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
+        answers = self._llm.chat(conversations, sampling)
+        steps = sampling.max_tokens - 1
+        return median(answer.timings_ms.generate for answer in answers) / steps / 1e3
+
+    def _score(self, conversation: list[Mapping[str, Any]], job: Job) -> Outcome:
+        (answer,) = self._llm.chat(
+            conversation,
+            SamplingParams(
+                temperature=0,
+                max_tokens=job.tokens,
+                ignore_eos=True,
+                logprobs=CANDIDATES,
+                prompt_logprobs=0 if job.prompt_logprobs else None,
+            ),
+        )
+        (output,) = answer.outputs
+        assert output.logprobs is not None
+        prompt = zip(answer.prompt_token_ids, answer.prompt_logprobs or (), strict=False)
+        return Outcome(
+            token_ids=output.token_ids,
+            candidates={token: entry.logprob for token, entry in output.logprobs[0].items()},
+            prompt_logprobs=tuple(entry[token].logprob for token, entry in prompt if entry is not None),
+        )
+
+    def close(self) -> None:
+        self._llm.close()

@@ -1,0 +1,342 @@
+"""Split-KV decode attention on a GPU. Knows nothing about who owns a page.
+
+The grid depends on shapes alone and lengths are read on the device, so a launch can be captured in a graph.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmserve.kernels.merge_lse.triton import merge_lse
+from mmserve.kernels.paged_decode.naive_pages import Decoded, PageScales
+
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = 1.4426950408889634
+MAX_SPLITS = 64
+MASS_SLOTS = 128
+# programs per multiprocessor that a launch aims at
+WAVES = 4
+
+
+class Config(NamedTuple):
+    """How one launch is cut."""
+
+    block_slots: int
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+@triton.jit
+def _unpack(bytes, HIGH: tl.constexpr, dtype: tl.constexpr):
+    """One half of the channels of int4 pages."""
+    return (bytes >> 4 if HIGH else bytes & 15).to(tl.float32).to(dtype)
+
+
+@triton.jit
+def paged_decode_fwd_kernel(
+    q_ptr,  # [B, Hkv * GROUP, D]
+    k_ptr,  # [pages, PAGE_SIZE, D], int4: [pages, PAGE_SIZE, D / 2]
+    v_ptr,
+    k_scale_ptr,
+    k_zero_ptr,
+    v_scale_ptr,
+    v_zero_ptr,
+    tables_ptr,  # int32 [B, Hkv, max_pages]
+    lengths_ptr,  # int32 [B, Hkv]
+    out_ptr,  # [SPLITS, B, Hkv * GROUP, D]
+    lse_ptr,  # fp32 [SPLITS, B, Hkv * GROUP]
+    scores_ptr,  # fp32 [B, Hkv, GROUP, max_pages * PAGE_SIZE] in units of log 2, or None
+    scale_log2,
+    max_pages,
+    SPLITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    D: tl.constexpr,  # channels of one half where INT4
+    BLOCK_D: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
+    INT4: tl.constexpr,
+    KEY_AXIS: tl.constexpr,  # 0: not scaled, 1: by slot, 2: by channel
+    PRECISION: tl.constexpr,
+):
+    head = tl.program_id(0)  # sequence * Hkv + KV head
+    split = tl.program_id(1)
+    length = tl.load(lengths_ptr + head)
+    blocks = tl.cdiv(tl.cdiv(length, BLOCK_SLOTS), SPLITS)
+    first = split * blocks * BLOCK_SLOTS
+    last = tl.minimum(first + blocks * BLOCK_SLOTS, length)
+
+    WIDTH: tl.constexpr = 2 * D if INT4 else D
+    member = tl.arange(0, BLOCK_G)
+    channel = tl.arange(0, BLOCK_D)
+    slot_of = tl.arange(0, BLOCK_SLOTS)
+    row = head.to(tl.int64) * GROUP + member
+    inside = (member < GROUP)[:, None] & (channel < D)[None, :]
+    q_at = q_ptr + row[:, None] * WIDTH + channel[None, :]
+    q = tl.load(q_at, mask=inside, other=0.0)
+    dtype: tl.constexpr = q.dtype
+    m = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    if INT4:
+        q_high = tl.load(q_at + D, mask=inside, other=0.0)
+        acc_high = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    if v_zero_ptr is not None:
+        shift = tl.zeros([BLOCK_G], tl.float32)
+
+    for start in range(first, last, BLOCK_SLOTS):
+        slot = start + slot_of
+        valid = slot < length
+        if BLOCK_SLOTS <= PAGE_SIZE:
+            # the block lies in one page: PAGE_SIZE is a multiple of it
+            page = tl.load(tables_ptr + head.to(tl.int64) * max_pages + start // PAGE_SIZE).to(tl.int64)
+            stored = page * PAGE_SIZE + start % PAGE_SIZE + slot_of
+        else:
+            table = tables_ptr + head.to(tl.int64) * max_pages + slot // PAGE_SIZE
+            stored = tl.load(table, mask=valid, other=0).to(tl.int64) * PAGE_SIZE + slot % PAGE_SIZE
+        # slots past the length may hold anything, nan too
+        loaded = valid[:, None] & (channel < D)[None, :]
+        at = stored[:, None] * D + channel[None, :]
+        k = tl.load(k_ptr + at, mask=loaded, other=0.0)
+        v = tl.load(v_ptr + at, mask=loaded, other=0.0)
+
+        if KEY_AXIS == 2:
+            scaled_at = page * WIDTH + channel
+            k_scale = tl.load(k_scale_ptr + scaled_at, mask=channel < D, other=0.0)
+            query = (q.to(tl.float32) * k_scale[None, :]).to(dtype)
+        else:
+            query = q
+        if INT4:
+            if KEY_AXIS == 2:
+                k_scale_high = tl.load(k_scale_ptr + scaled_at + D, mask=channel < D, other=0.0)
+                query_high = (q_high.to(tl.float32) * k_scale_high[None, :]).to(dtype)
+            else:
+                query_high = q_high
+            s = tl.dot(query, _unpack(k, False, dtype).T, input_precision=PRECISION)
+            s = tl.dot(query_high, _unpack(k, True, dtype).T, s, input_precision=PRECISION)
+        else:
+            s = tl.dot(query, k.to(dtype).T, input_precision=PRECISION)
+
+        if KEY_AXIS == 1:
+            s *= tl.load(k_scale_ptr + stored, mask=valid, other=0.0)[None, :]
+        if k_zero_ptr is not None:
+            if KEY_AXIS == 1:
+                # a zero of a slot adds the same to all its channels
+                sums = tl.sum(q.to(tl.float32), 1)
+                if INT4:
+                    sums += tl.sum(q_high.to(tl.float32), 1)
+                s += sums[:, None] * tl.load(k_zero_ptr + stored, mask=valid, other=0.0)[None, :]
+            else:
+                k_zero = tl.load(k_zero_ptr + scaled_at, mask=channel < D, other=0.0)
+                added = tl.sum(q.to(tl.float32) * k_zero[None, :], 1)
+                if INT4:
+                    k_zero_high = tl.load(k_zero_ptr + scaled_at + D, mask=channel < D, other=0.0)
+                    added += tl.sum(q_high.to(tl.float32) * k_zero_high[None, :], 1)
+                s += added[:, None]
+        s = tl.where(valid[None, :], s * scale_log2, float("-inf"))
+        if scores_ptr is not None:
+            scores = scores_ptr + row[:, None] * (max_pages * PAGE_SIZE) + slot[None, :]
+            tl.store(scores, s, mask=(member < GROUP)[:, None] & valid[None, :])
+
+        # every block has a valid slot, so m is finite
+        m_new = tl.maximum(m, tl.max(s, 1))
+        alpha = tl.exp2(m - m_new)
+        p = tl.exp2(s - m_new[:, None])
+        total = total * alpha + tl.sum(p, 1)
+        m = m_new
+        if v_zero_ptr is not None:
+            v_zero = tl.load(v_zero_ptr + stored, mask=valid, other=0.0)
+            shift = shift * alpha + tl.sum(p * v_zero[None, :], 1)
+        if KEY_AXIS != 0:
+            p *= tl.load(v_scale_ptr + stored, mask=valid, other=0.0)[None, :]
+        p = p.to(dtype)
+        acc *= alpha[:, None]
+        if INT4:
+            acc = tl.dot(p, _unpack(v, False, dtype), acc, input_precision=PRECISION)
+            acc_high *= alpha[:, None]
+            acc_high = tl.dot(p, _unpack(v, True, dtype), acc_high, input_precision=PRECISION)
+        else:
+            acc = tl.dot(p, v.to(dtype), acc, input_precision=PRECISION)
+
+    seen = tl.where(total > 0, total, 1.0)[:, None]
+    written = split * tl.num_programs(0).to(tl.int64) * GROUP + row
+    out_at = out_ptr + written[:, None] * WIDTH + channel[None, :]
+    if v_zero_ptr is not None:
+        acc += shift[:, None]
+    tl.store(out_at, (acc / seen).to(out_ptr.dtype.element_ty), mask=inside)
+    if INT4:
+        if v_zero_ptr is not None:
+            acc_high += shift[:, None]
+        tl.store(out_at + D, (acc_high / seen).to(out_ptr.dtype.element_ty), mask=inside)
+    lse = (m + tl.log2(tl.where(total > 0, total, 1.0))) * LN2
+    tl.store(lse_ptr + written, lse, mask=member < GROUP)
+
+
+@triton.jit
+def attention_mass_fwd_kernel(
+    scores_ptr,  # fp32 [B, Hkv, GROUP, slots], in units of log 2
+    lse_ptr,  # fp32 [B, Hkv, GROUP]
+    lengths_ptr,  # int32 [B, Hkv]
+    mass_ptr,  # fp32 [B, Hkv, slots]
+    slots,
+    GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
+):
+    head = tl.program_id(0).to(tl.int64)
+    slot = tl.program_id(1) * BLOCK_SLOTS + tl.arange(0, BLOCK_SLOTS)
+    member = tl.arange(0, BLOCK_G)
+    row = head * GROUP + member
+    known = (member < GROUP)[:, None] & (slot < tl.load(lengths_ptr + head))[None, :]
+    lse = tl.load(lse_ptr + row, mask=member < GROUP, other=0.0) / LN2
+    at = row[:, None] * slots + slot[None, :]
+    scores = tl.load(scores_ptr + at, mask=known, other=float("-inf"))
+    # a head without slots has no weights: its LSE is -inf, all its scores too
+    weights = tl.exp2(scores - tl.where(lse > float("-inf"), lse, 0.0)[:, None])
+    tl.store(mass_ptr + head * slots + slot, tl.sum(weights, 0), mask=slot < slots)
+
+
+def default_config(page_size: int, scales: PageScales | None) -> Config:
+    """Blocks of 64 slots; with keys scaled by channel a block is a page, since each page has its own."""
+    return Config(page_size if scales is not None and scales.key_axis == "channel" else 64)
+
+
+def constants(
+    q_dtype: torch.dtype,
+    page_dtype: torch.dtype,
+    *,
+    d: int,
+    group: int,
+    page_size: int,
+    splits: int,
+    scales: PageScales | None,
+    config: Config,
+) -> dict[str, object]:
+    """What the kernel is compiled for."""
+    int4 = page_dtype is torch.uint8
+    width = d // 2 if int4 else d
+    return {
+        "SPLITS": splits,
+        "GROUP": group,
+        "BLOCK_G": max(16, triton.next_power_of_2(group)),
+        "D": width,
+        "BLOCK_D": max(16, triton.next_power_of_2(width)),
+        "PAGE_SIZE": page_size,
+        "BLOCK_SLOTS": config.block_slots,
+        "INT4": int4,
+        "KEY_AXIS": 0 if scales is None else ("slot", "channel").index(scales.key_axis) + 1,
+        "PRECISION": "ieee" if q_dtype is torch.float32 else "tf32",
+    }
+
+
+@cache
+def _programs(device: torch.device) -> int:
+    """How many programs keep a device busy."""
+    return WAVES * int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def choose_splits(heads: int, max_slots: int, block_slots: int, programs: int) -> int:
+    """Enough programs for the device, none without a block at full length; from shapes alone."""
+    return max(1, min(-(-programs // heads), -(-max_slots // block_slots), MAX_SPLITS))
+
+
+def paged_decode(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float,
+    scales: PageScales | None = None,
+    mass: bool = False,
+    splits: int | None = None,
+    config: Config | None = None,
+) -> Decoded:
+    """Attention of one row per sequence over its paged KV; out has the dtype of q.
+
+    q [B, Hq, d]; k_pages, v_pages [pages, page_size, d] (int4: uint8 [pages, page_size, d / 2]); tables
+    int32 [B, Hkv, max_pages]; lengths int32 [B, Hkv], zero allowed; query head h reads KV head
+    h // (Hq / Hkv). Pages of integers or fp8 need `scales`. `mass` asks for the weights per slot.
+    """
+    batch, kv_heads, max_pages = tables.shape
+    q_heads, d = q.shape[1:]
+    page_size = k_pages.shape[1]
+    config = config or default_config(page_size, scales)
+    _check(q, k_pages, v_pages, tables, lengths, scales, config)
+    heads, group = batch * kv_heads, q_heads // kv_heads
+    if splits is None:
+        splits = choose_splits(heads, max_pages * page_size, config.block_slots, _programs(q.device))
+    parts = torch.empty(splits, *q.shape, device=q.device, dtype=q.dtype if splits == 1 else torch.float32)
+    lses = torch.empty(splits, batch, q_heads, device=q.device)
+    scores = torch.empty(heads, group, max_pages * page_size, device=q.device) if mass else None
+    compiled_for = constants(
+        q.dtype,
+        k_pages.dtype,
+        d=d,
+        group=group,
+        page_size=page_size,
+        splits=splits,
+        scales=scales,
+        config=config,
+    )
+    scaled: tuple[Tensor | None, ...] = (None,) * 4
+    if scales is not None:
+        scaled = (scales.k_scale, scales.k_zero, scales.v_scale, scales.v_zero)
+    if heads:
+        paged_decode_fwd_kernel[(heads, splits)](
+            q, k_pages, v_pages, *scaled, tables, lengths, parts, lses, scores, scale * LOG2E, max_pages,
+            **compiled_for, num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    if splits == 1:
+        out, lse = parts[0], lses[0]
+    else:
+        out, lse = merge_lse(parts, lses, out=torch.empty_like(q))
+    return Decoded(out, lse, None if scores is None else _mass(scores, lse, lengths))
+
+
+def _mass(scores: Tensor, lse: Tensor, lengths: Tensor) -> Tensor:
+    heads, group, slots = scores.shape
+    mass = torch.empty(*lengths.shape, slots, device=scores.device)
+    if mass.numel():
+        attention_mass_fwd_kernel[(heads, triton.cdiv(slots, MASS_SLOTS))](
+            scores, lse, lengths, mass, slots,
+            GROUP=group, BLOCK_G=triton.next_power_of_2(group), BLOCK_SLOTS=MASS_SLOTS,
+        )  # fmt: skip
+    return mass
+
+
+def _check(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    scales: PageScales | None,
+    config: Config,
+) -> None:
+    """Invariants of a launch, from shapes alone."""
+    page_size, width = k_pages.shape[1:]
+    q_heads, d = q.shape[1:]
+    block = config.block_slots
+    for tensor in (q, k_pages, v_pages, tables, lengths):
+        assert tensor.is_contiguous(), "every tensor is contiguous"
+    assert k_pages.shape == v_pages.shape, f"K and V differ: {k_pages.shape}, {v_pages.shape}"
+    assert k_pages.dtype == v_pages.dtype, f"K and V differ: {k_pages.dtype}, {v_pages.dtype}"
+    assert tables.dtype == lengths.dtype == torch.int32, "tables and lengths are int32"
+    assert d in range(8, 257, 8), f"Expected 8 to 256 channels, a multiple of 8, but got {d}"
+    assert width == (d // 2 if k_pages.dtype is torch.uint8 else d), f"pages of {width} for {d} channels"
+    assert q_heads % tables.shape[1] == 0, f"{q_heads} query heads, {tables.shape[1]} KV heads"
+    assert lengths.shape == tables.shape[:2], "a length per table"
+    assert page_size < block or page_size % block == 0, f"blocks of {block} divide pages of {page_size}"
+    if scales is None:
+        assert k_pages.dtype in (torch.float32, torch.float16, torch.bfloat16), "other pages need scales"
+    elif scales.key_axis == "channel":
+        # every page has its own scales
+        assert block <= page_size, f"Expected a block in one page of {page_size}, but got {block}"

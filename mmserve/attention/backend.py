@@ -1,0 +1,13 @@
+"""Which attention serves which device. Knows nothing about what it computes."""
+
+from __future__ import annotations
+
+import torch
+
+from mmserve.attention.cpu import CpuAttention
+from mmserve.attention.paged import PagedAttention
+
+
+def attention_for(device: torch.device) -> type[PagedAttention]:
+    """The fastest attention over paged KV for a device."""
+    return CpuAttention if device.type == "cpu" else PagedAttention

@@ -1,0 +1,163 @@
+"""What one engine step runs: a pure function of how far every sequence is and of the pages left.
+
+Knows nothing about tensors, about whose pages are where, or about why a sequence came.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Waiting(NamedTuple):
+    """A prompt that has no pages yet: `done` rows are cached, `rows` (one at least) are to be prefilled.
+
+    Lower `priority` comes earlier, then lower `arrived`.
+    """
+
+    sequence: str
+    priority: int
+    arrived: int
+    done: int
+    rows: int
+    pages: int  # what its admission takes of `free_pages`, for the whole prompt
+
+
+class Prefilling(NamedTuple):
+    """An admitted prompt; with `done` equal to `total` it only holds its pages."""
+
+    sequence: str
+    priority: int
+    arrived: int
+    done: int
+    total: int
+    pages: int  # what preempting it would free
+
+
+class Decoding(NamedTuple):
+    sequence: str
+    priority: int
+    arrived: int
+    grow: int  # pages that its next token needs, mostly 0
+    pages: int  # what preempting it would free
+
+
+class EngineState(NamedTuple):
+    """Everything a plan depends on. An admitted prompt's pages are its own, so they are not free."""
+
+    waiting: tuple[Waiting, ...]
+    prefilling: tuple[Prefilling, ...]
+    decoding: tuple[Decoding, ...]
+    free_pages: int  # free or evictable now
+    places: int  # most sequences that may run
+    token_budget: int  # rows per step
+
+
+class Chunk(NamedTuple):
+    """Prompt rows [start, stop) of one sequence."""
+
+    sequence: str
+    start: int
+    stop: int
+
+
+class Plan(NamedTuple):
+    """One step: first `preempt` gives its pages back, then `admit` takes its own, then all rows run."""
+
+    decodes: tuple[str, ...]
+    chunks: tuple[Chunk, ...]
+    admit: tuple[str, ...] = ()
+    preempt: tuple[str, ...] = ()
+
+
+def schedule(state: EngineState) -> Plan:
+    """Every decode advances by one token; prompts share what is left of the budget, one row at least.
+
+    Where pages lack for the decodes, the last to come among all that run is preempted, again and again,
+    but never the first, so that something always progresses. A prompt is admitted when the pages of all
+    its rows are there, if need be at the expense of running ones of a strictly lower priority; while the
+    first that waits does not fit, none overtakes it.
+    """
+    step = _Step(state)
+    step.make_room_for_decodes()
+    prompts: list[Prefilling | Waiting] = [*state.prefilling, *state.waiting]
+    chunks: list[Chunk] = []
+    left = max(state.token_budget - len(step.decodes), 1)
+    is_held_back = False
+    for prompt in sorted(prompts, key=_turn):
+        if left == 0:
+            break
+        if isinstance(prompt, Waiting):
+            is_held_back = is_held_back or not step.try_admit(prompt)
+            if is_held_back:
+                continue
+            rows = min(left, prompt.rows)
+        elif prompt.sequence in step.preempted:
+            continue
+        else:
+            rows = min(left, prompt.total - prompt.done)
+        if rows > 0:
+            chunks.append(Chunk(prompt.sequence, prompt.done, prompt.done + rows))
+            left -= rows
+    decodes = tuple(decode.sequence for decode in state.decoding if decode.sequence in step.decodes)
+    return Plan(decodes, tuple(chunks), tuple(step.admitted), tuple(step.preempted))
+
+
+class _Step:
+    """Who still runs while a plan is made, and the pages it has left."""
+
+    def __init__(self, state: EngineState) -> None:
+        self.running: list[Prefilling | Decoding] = [*state.prefilling, *state.decoding]
+        self.running.sort(key=_order)
+        self.decodes = {decode.sequence: decode.grow for decode in state.decoding}
+        self.free = state.free_pages - sum(self.decodes.values())  # below 0 while decodes lack pages
+        self.places = state.places
+        self.admitted: list[str] = []
+        self.preempted: list[str] = []
+        # whoever comes after one that had to give way does not get its pages
+        self._first_refused: tuple[int, int, str] | None = None
+
+    def make_room_for_decodes(self) -> None:
+        while self.free < 0 and len(self.running) > 1:
+            self._preempt_last()
+        if self.free < 0:
+            # only one is left: it waits until others give back what they hold
+            (last,) = self.running
+            self.free += self.decodes.pop(last.sequence)
+            self._first_refused = _order(last)
+
+    def try_admit(self, prompt: Waiting) -> bool:
+        if self._first_refused is not None and _order(prompt) > self._first_refused:
+            return False
+        pages_short = prompt.pages - self.free
+        places_short = len(self.running) + len(self.admitted) + 1 - self.places
+        victims = 0
+        while pages_short > 0 or places_short > 0:
+            victims += 1
+            if victims > len(self.running) or self.running[-victims].priority <= prompt.priority:
+                return False
+            pages_short -= self._freed_by(self.running[-victims])
+            places_short -= 1
+        for _ in range(victims):
+            self._preempt_last()
+        self.free -= prompt.pages
+        self.admitted.append(prompt.sequence)
+        return True
+
+    def _preempt_last(self) -> None:
+        last = self.running.pop()
+        self.free += self._freed_by(last)
+        self.decodes.pop(last.sequence, None)
+        self.preempted.append(last.sequence)
+        self._first_refused = _order(last)
+
+    def _freed_by(self, sequence: Prefilling | Decoding) -> int:
+        return sequence.pages + self.decodes.get(sequence.sequence, 0)
+
+
+def _order(sequence: Waiting | Prefilling | Decoding) -> tuple[int, int, str]:
+    return sequence.priority, sequence.arrived, sequence.sequence
+
+
+def _turn(prompt: Prefilling | Waiting) -> tuple[int, bool, int, str]:
+    """Within a priority, running prompts come before waiting ones."""
+    return prompt.priority, isinstance(prompt, Waiting), prompt.arrived, prompt.sequence

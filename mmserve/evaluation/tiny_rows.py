@@ -1,0 +1,175 @@
+"""Training rows of `tiny`: a context of text and media, and branches of questions behind it.
+
+Many branches share one context: each sees as much of the context as it names and itself, never another
+branch, at the positions it would have alone. The tokens are exactly those of the chat template. Knows
+nothing about scenes or optimisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from mmserve.evaluation.carriers import carrier_slots, with_carriers
+from mmserve.evaluation.clipworld import Question
+
+ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One context of C tokens followed by Q tokens of branches, S = C + Q."""
+
+    tokens: Tensor  # int64 [S]
+    positions: Tensor  # int64 [S]
+    frame: Tensor  # int64 [C], the frame each token belongs to, -1 for text and images
+    item: Tensor  # int64 [C], the number of the media item each visual token belongs to, -1 elsewhere
+    branch: Tensor  # int64 [Q]
+    sees: Tensor  # int64 [Q], how many tokens of the context are visible
+    visual: Tensor  # [V, D] embeddings
+    visual_at: Tensor  # int64 [V]
+    newline_at: Tensor  # int64 [N]
+    asked_at: Tensor  # int64 [A], the tokens after which an answer's token is wanted
+    wanted: Tensor  # int64 [A]
+    weights: Tensor  # float32 [A]
+    kinds: list[tuple[str, int, int]]  # (kind, first, last + 1) in the asked
+
+
+class TinyTokenizer:
+    """Ids of text with special tokens, remembered."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[str, list[int]] = {}
+        self.media = {kind: self.ids(f"<{kind}>")[0] for kind in ("image", "video")}
+
+    def ids(self, text: str) -> list[int]:
+        if text not in self._known:
+            self._known[text] = list(self._tokenizer.encode(text).ids)
+        return self._known[text]
+
+
+@dataclass(slots=True)
+class RowBuilder:
+    """Collects one row. With `carriers`, the frames of videos carry their means."""
+
+    tokenizer: TinyTokenizer
+    carriers: bool
+    _tokens: list[int] = field(default_factory=list)
+    _positions: list[int] = field(default_factory=list)
+    _frame: list[int] = field(default_factory=list)
+    _item: list[int] = field(default_factory=list)
+    _visual: list[Tensor] = field(default_factory=list)
+    _visual_at: list[int] = field(default_factory=list)
+    _newline_at: list[int] = field(default_factory=list)
+    _branch: list[int] = field(default_factory=list)
+    _sees: list[int] = field(default_factory=list)
+    _asked: list[tuple[int, int, float]] = field(default_factory=list)
+    _kinds: list[tuple[str, int, int]] = field(default_factory=list)
+    _items: int = 0
+    _frames: int = 0
+    _branches: int = 0
+
+    def text(self, text: str) -> None:
+        self._extend(self.tokenizer.ids(text), -1)
+
+    def video(self, frames: Tensor, *, newline: bool, gap_before: int = -1, gap: int = 0) -> None:
+        """Frames [T, N, D]; positions leap by `gap` before frame `gap_before`.
+
+        Without `newline` every branch brings its own, so that branches can see different lengths.
+        """
+        count, size = frames.shape[:2]
+        embeddings = with_carriers(frames) if self.carriers else frames
+        self._visual.append(embeddings.flatten(0, 1))
+        self._visual_at += range(len(self._tokens), len(self._tokens) + count * size)
+        for index in range(count):
+            leap = gap if index == gap_before else 0
+            self._extend([self.tokenizer.media["video"]] * size, self._frames, leap, item=self._items)
+            self._frames += 1
+        self._items += 1
+        if newline:
+            self._newline("video")
+
+    def image(self, crop: Tensor, *, alone: bool) -> None:
+        """Tokens [N, D] of one crop; an image alone in its prompt is followed by itself as a tile."""
+        self._pixels(crop)
+        if alone:
+            side = round(len(crop) ** 0.5)
+            for first in range(0, len(crop), side):
+                self._pixels(crop[first : first + side])
+                self._newline("image")
+        else:
+            self._newline("image")
+        self._items += 1
+
+    def branch(self, turns: Sequence[Question], frames: int | None = None) -> None:
+        """A dialogue of one or more questions.
+
+        With `frames` it sees the context up to that frame and brings the video's newline.
+        """
+        if frames is None:
+            sees = len(self._frame)
+        else:
+            sees = self._frame.index(frames) if frames < self._frames else len(self._frame)
+        start = len(self._tokens)
+        if frames is not None:
+            self._newline_at.append(len(self._tokens))
+            self._tokens.append(self.tokenizer.media["video"])
+        for number, question in enumerate(turns):
+            opening = "<|im_start|>user\n" if number else ""
+            self._tokens += self.tokenizer.ids(f"\n{opening}{question.text}{ASSISTANT}")
+            answer = self.tokenizer.ids(f"{question.answer}<|im_end|>")
+            weight = 1.0 / len(answer) if question.kind == "caption" else 1.0
+            self._kinds.append((question.kind, len(self._asked), len(self._asked) + len(answer)))
+            first = len(self._tokens) - 1
+            self._asked += [(first + step, token, weight) for step, token in enumerate(answer)]
+            self._tokens += answer
+        added = len(self._tokens) - start
+        after = self._positions[sees - 1] + 1
+        self._positions += range(after, after + added)
+        self._branch += [self._branches] * added
+        self._sees += [sees] * added
+        self._branches += 1
+
+    def row(self) -> Row:
+        at, wanted, weights = zip(*self._asked, strict=True)
+        return Row(
+            tokens=torch.tensor(self._tokens),
+            positions=torch.tensor(self._positions),
+            frame=torch.tensor(self._frame),
+            item=torch.tensor(self._item),
+            branch=torch.tensor(self._branch),
+            sees=torch.tensor(self._sees),
+            visual=torch.cat(self._visual),
+            visual_at=torch.tensor(self._visual_at),
+            newline_at=torch.tensor(self._newline_at),
+            asked_at=torch.tensor(at),
+            wanted=torch.tensor(wanted),
+            weights=torch.tensor(weights),
+            kinds=self._kinds,
+        )
+
+    def _pixels(self, tokens: Tensor) -> None:
+        self._visual.append(tokens)
+        self._visual_at += range(len(self._tokens), len(self._tokens) + len(tokens))
+        self._extend([self.tokenizer.media["image"]] * len(tokens), -1, item=self._items)
+
+    def _newline(self, kind: str) -> None:
+        self._newline_at.append(len(self._tokens))
+        self._extend([self.tokenizer.media[kind]], -1)
+
+    def _extend(self, ids: list[int], frame: int, leap: int = 0, *, item: int = -1) -> None:
+        after = (self._positions[-1] + 1 if self._positions else 0) + leap
+        self._tokens += ids
+        self._positions += range(after, after + len(ids))
+        self._frame += [frame] * len(ids)
+        self._item += [item] * len(ids)
+
+
+def frame_ends(row: Row) -> Tensor:
+    """Index of each frame's last token, its carrier slot, int64 [frames]."""
+    return carrier_slots(row.frame).nonzero()[:, 0]

@@ -1,0 +1,1 @@
+"""What `LLM` and `AsyncLLM` are made of. Knows nothing about HTTP."""

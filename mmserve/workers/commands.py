@@ -1,0 +1,51 @@
+"""The commands for a request's stages, made from its record. Decides nothing, sends nothing."""
+
+from __future__ import annotations
+
+from mmserve import messages as m
+from mmserve.workers.records import Record
+
+
+def encode_media(record: Record, item: int) -> m.EncodeMedia:
+    prompt = record.submitted
+    return m.EncodeMedia(
+        request_id=record.request_id,
+        attempt=record.attempt,
+        item=item,
+        media=prompt.media[item],
+        methods=prompt.methods,
+        salt=prompt.salt,
+        is_only_image=sum(ref.modality == "image" for ref in prompt.media) == 1,
+    )
+
+
+def prefill_prompt(record: Record, *, hand_off: bool) -> m.PrefillPrompt:
+    prompt = record.submitted
+    return m.PrefillPrompt(
+        request_id=record.request_id,
+        attempt=record.attempt,
+        token_ids=prompt.token_ids,
+        items=tuple(item.encoded for item in record.items if item.encoded),
+        sampling=prompt.sampling,
+        methods=prompt.methods,
+        forced=record.token_ids,
+        hand_off=hand_off,
+        salt=prompt.salt,
+        priority=prompt.priority,
+    )
+
+
+def decode_from(record: Record) -> m.DecodeFrom:
+    prompt, prefilled = record.submitted, record.prefilled
+    assert prefilled is not None, "only a prefilled request is decoded"
+    return m.DecodeFrom(
+        request_id=record.request_id,
+        attempt=record.attempt,
+        tokens=record.token_ids,
+        sampling=prompt.sampling,
+        next_order=prefilled.next_order,
+        next_position=prefilled.next_position,
+        lease=record.kv_lease,
+        prompt_ids=prompt.token_ids if prompt.sampling.repetition_penalty != 1 else (),
+        priority=prompt.priority,
+    )

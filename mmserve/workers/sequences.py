@@ -1,0 +1,215 @@
+"""Where every request of a language worker stands, and what the scheduler is told about it.
+
+Knows nothing about messages going out, steps or the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import count
+
+import numpy as np
+
+from mmserve import messages as m
+from mmserve.engine.runner import DecodeRow, PromptRows, Runner
+from mmserve.engine.sampler import Row
+from mmserve.engine.scheduler import Decoding, EngineState, Prefilling, Waiting
+from mmserve.kv.identity import Identity
+from mmserve.sampling import Logprob
+from mmserve.workers.prompts import WaitingPrompt
+
+MAX_RUNNING = 64
+
+
+@dataclass(slots=True, kw_only=True)
+class Prefill:
+    """A prompt that is being run."""
+
+    prompt: WaitingPrompt
+    rows: PromptRows
+    queue_ms: float
+    transfer_ms: float
+    started_at: float
+    # by index in the uncompressed prompt, when asked for
+    logprobs: dict[int, dict[int, Logprob]] = field(default_factory=dict)
+
+
+@dataclass(slots=True, kw_only=True)
+class Prefilled:
+    """A prompt whose KV is here and whose `DecodeFrom` is on its way. `identity` None: not to be shared."""
+
+    prompt: WaitingPrompt
+    identity: Identity | None
+
+
+@dataclass(slots=True, kw_only=True)
+class Decode:
+    """A running answer: `tokens` are known, those before `fed` are in the cache."""
+
+    command: m.DecodeFrom
+    arrived: int
+    tokens: list[int]
+    identity: Identity | None
+    fed: int = 0
+
+    @property
+    def row(self) -> DecodeRow:
+        start = self.command
+        return DecodeRow(self.tokens[self.fed], start.next_order + self.fed, start.next_position + self.fed)
+
+
+class Sequences:
+    """A request is in exactly one of the dicts."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._arrivals = count()
+        self.waiting: dict[str, WaitingPrompt] = {}
+        self.imports: dict[str, m.DecodeFrom] = {}  # their KV lies in a lease
+        self.prefills: dict[str, Prefill] = {}
+        self.prefilled: dict[str, Prefilled] = {}
+        self.decodes: dict[str, Decode] = {}
+
+    def __len__(self) -> int:
+        return len(self.waiting) + len(self.imports) + self._runner.table.num_sequences
+
+    def arrive(self) -> int:
+        """The number of the next one to come."""
+        return next(self._arrivals)
+
+    def forget(self, name: str) -> None:
+        """Harmless when it is unknown."""
+        for place in (self.waiting, self.imports, self.prefills, self.prefilled, self.decodes):
+            place.pop(name, None)
+        self._runner.release(name)
+
+    def command(self, name: str) -> m.PrefillPrompt | m.DecodeFrom:
+        """What a sequence that has pages was sent as."""
+        if name in self.decodes:
+            return self.decodes[name].command
+        held = self.prefills.get(name) or self.prefilled[name]
+        return held.prompt.command
+
+    def begin_decode(self, command: m.DecodeFrom) -> None:
+        """The sequence is here; who was prefilled here keeps its turn."""
+        before = self.prefilled.pop(command.request_id, None)
+        self.decodes[command.request_id] = Decode(
+            command=command,
+            arrived=self.arrive() if before is None else before.prompt.arrived,
+            tokens=list(command.tokens),
+            identity=None if before is None else before.identity,
+        )
+
+    def imports_in_turn(self) -> list[m.DecodeFrom]:
+        """Those whose pages are there, and all that running answers need next; a later one waits behind."""
+        table = self._runner.table
+        left = self._runner.available_pages - sum(table.missing_pages(name, 1) for name in self.decodes)
+        turn = []
+        for command in sorted(self.imports.values(), key=lambda command: command.priority):
+            left -= table.pages_for(slots_of(command))
+            if left < 0:
+                break
+            turn.append(command)
+        return turn
+
+    def promised_pages(self) -> int:
+        """What those that have no pages yet will take."""
+        table = self._runner.table
+        prompts = sum(table.pages_for(len(prompt) + prompt.headroom) for prompt in self.waiting.values())
+        return prompts + sum(table.pages_for(slots_of(command)) for command in self.imports.values())
+
+    def state(self, token_budget: int) -> EngineState:
+        """What the scheduler decides on."""
+        table = self._runner.table
+        return EngineState(
+            waiting=tuple(
+                self._waiting(name, prompt)
+                for name, prompt in self.waiting.items()
+                if not self._is_being_cached(prompt)
+            ),
+            prefilling=tuple(
+                Prefilling(
+                    sequence=name,
+                    priority=prefill.prompt.command.priority,
+                    arrived=prefill.prompt.arrived,
+                    done=prefill.rows.done,
+                    total=len(prefill.rows),
+                    pages=table.owned_pages(name),
+                )
+                for name, prefill in self.prefills.items()
+            )
+            + tuple(
+                Prefilling(
+                    sequence=name,
+                    priority=held.prompt.command.priority,
+                    arrived=held.prompt.arrived,
+                    done=len(held.prompt),
+                    total=len(held.prompt),
+                    pages=table.owned_pages(name),
+                )
+                for name, held in self.prefilled.items()
+            ),
+            decoding=tuple(
+                Decoding(
+                    sequence=name,
+                    priority=decode.command.priority,
+                    arrived=decode.arrived,
+                    grow=table.missing_pages(name, 1),
+                    pages=table.owned_pages(name),
+                )
+                for name, decode in self.decodes.items()
+            ),
+            free_pages=self._runner.available_pages,
+            places=MAX_RUNNING,
+            token_budget=token_budget,
+        )
+
+    def _waiting(self, name: str, prompt: WaitingPrompt) -> Waiting:
+        cached, busy = self._runner.cached(prompt.identity, prompt.most_cached)
+        return Waiting(
+            sequence=name,
+            priority=prompt.command.priority,
+            arrived=prompt.arrived,
+            done=cached,
+            rows=len(prompt) - cached,
+            pages=self._runner.table.pages_for(len(prompt) + prompt.headroom) - busy,
+        )
+
+    def _is_being_cached(self, prompt: WaitingPrompt) -> bool:
+        """Whether a prompt in work will leave KV behind that this one lacks: then it waits and shares."""
+        identity, size = prompt.identity, self._runner.table.page_size
+        if identity is None:
+            return False
+        coming = 0
+        for prefill in self.prefills.values():
+            if (other := prefill.prompt.identity) is not None:
+                coming = max(coming, min(identity.common(other), prompt.most_cached))
+        return coming // size * size > self._runner.cached(identity, prompt.most_cached)[0]
+
+    def sampler_row(self, name: str, eos_tokens: tuple[int, ...]) -> Row:
+        if name in self.decodes:
+            decode = self.decodes[name]
+            command, prompt, output = decode.command, decode.command.prompt_ids, decode.tokens
+            return Row(command.sampling, len(output), prompt, output, eos_tokens)
+        first = self.prefills[name].prompt.command
+        return Row(first.sampling, 0, first.token_ids, (), eos_tokens)
+
+    def whole_identity(self, name: str) -> Identity | None:
+        """What the KV of a decoded sequence holds, its answer included; None when it is not to be shared."""
+        decode = self.decodes[name]
+        if decode.identity is None:
+            return None
+        start, fed = decode.command, np.arange(decode.fed, dtype=np.int32)
+        tokens = np.array(decode.tokens[: decode.fed], np.int64)
+        return decode.identity.extended(tokens, start.next_order + fed, start.next_position + fed)
+
+
+def slots_of(command: m.PrefillPrompt | m.DecodeFrom) -> int:
+    """Slots per head that a command takes at first; a sequence that is here has its pages already."""
+    if isinstance(command, m.PrefillPrompt):
+        text = len(command.token_ids) - len(command.items)
+        kept = sum(item.kept for item in command.items)
+        return text + kept + m.answer_slots(command.sampling, len(command.forced))
+    if command.lease is None:
+        return 0
+    return command.next_position + m.answer_slots(command.sampling, len(command.tokens))

@@ -1,0 +1,238 @@
+"""Random mixes of requests against the same requests one by one: equal tokens, no page leaked.
+
+Prompts share beginnings (forks of cached pages), pages are scarce (preemptions), some are cancelled,
+some compress their KV, some are sampled. Colocated, and prefilled on one worker and decoded on another.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from mmserve import messages as m
+from mmserve.request import Methods
+from mmserve.sampling import Logprob, SamplingParams
+from tests.workers.fakes import IMAGE, VIDEO, Engine
+
+TIE = 1e-3  # two logits closer than this may change places
+
+
+@dataclass
+class Job:
+    command: m.PrefillPrompt
+    cancel_at: int | None  # step of the whole deployment
+    attempt: int = 0
+    tokens: list[int] = field(default_factory=list)
+    is_over: bool = False
+
+
+def make_jobs(rng: random.Random, engine: Engine) -> list[Job]:
+    media = [(VIDEO, engine.item(rng.randint(3, 24), seed=i, key=f"{i:032x}")) for i in (1, 2)]
+    media.append((IMAGE, engine.item(9, [0, 1, 4, 7], seed=3, key=f"{3:032x}")))
+    beginnings: list[tuple[tuple[int, ...], tuple[m.EncodedItem, ...]]] = [((), ())]
+    for token, item in media:
+        text, items = rng.choice(beginnings)
+        words = tuple(rng.randint(1, 45) for _ in range(rng.randint(0, 12)))
+        beginnings.append(((*text, *words, token), (*items, item)))
+    jobs = []
+    for index in range(rng.randint(1, 9)):
+        text, items = rng.choice(beginnings)
+        words = tuple(rng.randint(1, 45) for _ in range(rng.randint(1, 14)))
+        sampling = SamplingParams(
+            max_tokens=rng.randint(1, 90 if rng.random() < 0.4 else 10),
+            ignore_eos=rng.random() < 0.8,
+            repetition_penalty=rng.choice([1.0, 1.0, 1.3]),
+        )
+        kv = rng.choice(["none", "none", "none", "snapkv", "random"])
+        command = m.PrefillPrompt(
+            request_id=f"r{index}",
+            attempt=0,
+            token_ids=(*text, *words),
+            items=items,
+            sampling=sampling,
+            methods=Methods(kv=kv, kv_budget=0.5),
+            priority=rng.choice([0, 0, 0, 1, -1]),
+        )
+        jobs.append(Job(command, rng.randint(0, 40) if rng.random() < 0.15 else None))
+    return jobs
+
+
+class Deployment:
+    """One or two workers, and the dispatcher's part as a loop."""
+
+    def __init__(self, prefill: Engine, decode: Engine) -> None:
+        self.prefill, self.decode = prefill, decode
+        self.jobs: dict[str, Job] = {}
+        self.seen = {id(engine): 0 for engine in self.engines}
+        self.preemptions = 0
+
+    @property
+    def engines(self) -> list[Engine]:
+        return list({id(engine): engine for engine in (self.prefill, self.decode)}.values())
+
+    def send(self, job: Job) -> None:
+        command = job.command
+        self.jobs[command.request_id] = job
+        self.prefill.handler.handle(
+            m.PrefillPrompt(
+                request_id=command.request_id,
+                attempt=job.attempt,
+                token_ids=command.token_ids,
+                items=command.items,
+                sampling=command.sampling,
+                methods=command.methods,
+                priority=command.priority,
+                forced=tuple(job.tokens),
+                hand_off=self.prefill is not self.decode,
+            )
+        )
+
+    def cancel(self, job: Job) -> None:
+        job.is_over = True
+        for engine in self.engines:
+            engine.handler.handle(m.CancelRequest(request_id=job.command.request_id))
+
+    def run(self, rng: random.Random, jobs: list[Job]) -> None:
+        unsent = list(jobs)
+        for step in range(5000):
+            while unsent and rng.random() < 0.5:
+                self.send(unsent.pop(0))
+            for job in self.jobs.values():
+                if job.cancel_at == step and not job.is_over:
+                    self.cancel(job)
+            busy = [engine.handler.step() for engine in self.engines]
+            for engine in self.engines:
+                while self.seen[id(engine)] < len(engine.reporter.events):
+                    event = engine.reporter.events[self.seen[id(engine)]]
+                    self.seen[id(engine)] += 1
+                    busy.append(self.on_event(event))
+            if not unsent and not any(busy):
+                return
+        raise AssertionError("the mix never ends")
+
+    def on_event(self, event: m.AnyEvent) -> bool:
+        """What the dispatcher does; whether something was sent."""
+        assert not isinstance(event, m.RequestFailed), event
+        if isinstance(event, m.TokensDecoded):
+            for token in event.tokens:
+                self.take(token)
+        elif isinstance(event, m.PromptPrefilled):
+            job = self.jobs[event.request_id]
+            if event.first is not None:
+                self.take(event.first)
+            if not job.is_over and event.attempt == job.attempt:
+                self.go_on(job, event)
+                return True
+        elif isinstance(event, m.RequestPreempted):
+            self.preemptions += 1
+            job = self.jobs[event.request_id]
+            if not job.is_over and event.attempt == job.attempt:
+                job.attempt += 1
+                self.send(job)
+                return True
+        return False
+
+    def take(self, token: m.Sampled) -> None:
+        job = self.jobs[token.request_id]
+        if job.is_over or token.attempt != job.attempt:
+            return
+        assert token.seq == len(job.tokens), "a token is missing, or came twice"
+        job.tokens.append(token.token_id)
+        job.is_over = token.finish is not None
+
+    def go_on(self, job: Job, event: m.PromptPrefilled) -> None:
+        command = job.command
+        self.decode.handler.handle(
+            m.DecodeFrom(
+                request_id=event.request_id,
+                attempt=event.attempt,
+                tokens=tuple(job.tokens),
+                sampling=command.sampling,
+                next_order=event.next_order,
+                next_position=event.next_position,
+                lease=event.lease,
+                prompt_ids=command.token_ids if command.sampling.repetition_penalty != 1 else (),
+                priority=command.priority,
+            )
+        )
+
+
+def alone(job: Job, directory: Path) -> tuple[list[int], list[float]]:
+    """The one-request oracle: tokens, and how far the second-best score was behind each."""
+    engine = Engine(directory)
+    deployment = Deployment(engine, engine)
+    command = job.command
+    with_gaps = m.PrefillPrompt(
+        request_id=command.request_id,
+        attempt=0,
+        token_ids=command.token_ids,
+        items=command.items,
+        sampling=_with_logprobs(command.sampling),
+        methods=command.methods,
+    )
+    single = Job(with_gaps, None)
+    deployment.run(random.Random(0), [single])
+    firsts = [event.first for event in engine.reporter.of(m.PromptPrefilled) if event.first]
+    later = [token for event in engine.reporter.of(m.TokensDecoded) for token in event.tokens]
+    return single.tokens, [_gap(token.logprobs or {}) for token in (*firsts, *later)]
+
+
+def _with_logprobs(sampling: SamplingParams) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=sampling.max_tokens,
+        ignore_eos=sampling.ignore_eos,
+        repetition_penalty=sampling.repetition_penalty,
+        logprobs=5,
+    )
+
+
+def _gap(logprobs: dict[int, Logprob]) -> float:
+    best = sorted((entry.logprob for entry in logprobs.values()), reverse=True)
+    return best[0] - best[1]
+
+
+def run_mix(seed: int, directory: Path) -> int:
+    """Returns how many preemptions there were."""
+    rng = random.Random(seed)
+    pages, budget = rng.choice([60, 110, 130, 400]), rng.choice([1, 7, 64, 2048])
+    prefill = Engine(directory, pages=pages, token_budget=budget)
+    decode = prefill if rng.random() < 0.6 else Engine(directory, pages=pages, token_budget=budget)
+    jobs = make_jobs(rng, prefill)
+    deployment = Deployment(prefill, decode)
+    # what cannot fit in an empty worker, the dispatcher refuses
+    table = prefill.table
+    fitting = []
+    for job in jobs:
+        rows = len(job.command.token_ids) - len(job.command.items) + sum(i.kept for i in job.command.items)
+        if table.pages_for(rows + job.command.sampling.max_tokens) <= table.num_pages:
+            fitting.append(job)
+    deployment.run(rng, fitting)
+    for job in fitting:
+        expected, gaps = alone(job, directory)
+        assert job.is_over
+        if job.cancel_at is not None and len(job.tokens) < len(expected):
+            expected = expected[: len(job.tokens)]
+        if job.tokens != expected:
+            where = next(i for i, token in enumerate(job.tokens) if token != expected[i])
+            # penalties act after the scores that are reported
+            tie = TIE if job.command.sampling.repetition_penalty == 1 else 0.1
+            assert gaps[where] < tie, (seed, job.command.request_id, where)
+    for engine in deployment.engines:
+        assert engine.used_pages == 0, "a page leaked"
+        engine.check()
+        engine.runner.prefix.clear()
+        assert engine.table.used_pages == 0
+    return deployment.preemptions
+
+
+def test_a_mix_gives_every_request_what_it_gets_alone(tmp_path: Path) -> None:
+    preemptions = [run_mix(seed, tmp_path) for seed in range(12)]
+    assert sum(preemptions) > 0, "no mix of these was short of pages"
+
+
+@pytest.mark.slow
+def test_a_thousand_mixes(tmp_path: Path) -> None:
+    assert sum(run_mix(seed, tmp_path) for seed in range(1000)) > 100

@@ -41,6 +41,12 @@ def load(source: Path) -> ctypes.CDLL | None:
     return _load(source)
 
 
+def load_all() -> None:
+    """Compile every kernel now, so that no request waits for it."""
+    for source in sorted(Path(__file__).parent.glob("*/cpu.c")):
+        load(source)
+
+
 @cache
 def _load(source: Path) -> ctypes.CDLL | None:
     try:

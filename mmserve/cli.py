@@ -11,7 +11,6 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Unpack
 
@@ -21,6 +20,7 @@ from mmserve import __version__
 from mmserve.bench.cli import app as bench
 from mmserve.errors import BadRequest, MMServeError
 from mmserve.log import setup_logging
+from mmserve.server.command import read_epd, serve
 
 if TYPE_CHECKING:
     from mmserve.batch.answerers import Answerer
@@ -126,7 +126,7 @@ def ask(
         prune=prune, keep=keep, attention=attention, kv=kv, kv_budget=kv_budget, kv_dtype=kv_dtype
     )
     options = _options(num_frames, fps)
-    workers = _epd(epd)
+    workers = read_epd(epd)
     conversation = asking.messages(inputs[:-1], inputs[-1])
     with _llm(model, methods, options, workers) as llm:
         asking.ask(llm, conversation, max_tokens=max_tokens, as_json=as_json)
@@ -176,7 +176,7 @@ def batch(
         prune=prune, keep=keep, attention=attention, kv=kv, kv_budget=kv_budget, kv_dtype=kv_dtype
     )
     options = _options(num_frames, fps)
-    workers = _epd(epd)
+    workers = read_epd(epd)
     job = command.Job(
         questions=questions,
         output=output or Path(os.devnull),
@@ -258,37 +258,7 @@ def evaluate(
     raise typer.Exit(code)
 
 
-@app.command()
-def serve(
-    model: Annotated[str | None, typer.Argument(help="Default: tiny, or what the file says.")] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(help="YAML; options given here win.", metavar="F.yaml", exists=True),
-    ] = None,
-    epd: Annotated[
-        str | None, typer.Option(help="Encode, prefill and decode workers; 1,1,1 by default.")
-    ] = None,
-    host: Annotated[str | None, typer.Option(help="127.0.0.1 by default.")] = None,
-    port: Annotated[int | None, typer.Option(help="8000 by default, 0 takes any.", min=0, max=65535)] = None,
-    api_key: ApiKey = None,
-    demo: Annotated[bool, typer.Option("--demo", help="Also serve the demo page.")] = False,
-) -> None:
-    """Serve a model over HTTP with OpenAI's API."""
-    from mmserve.config import ServeConfig, load_config
-
-    resolved = load_config(config) if config else ServeConfig()
-    given = {
-        "model": model,
-        "epd": _epd(epd),
-        "host": host,
-        "port": port,
-        "api_key": None if api_key is None else (api_key,),
-    }
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    resolved = replace(resolved, **changes)
-    from mmserve.server.serve import serve as run
-
-    raise typer.Exit(run(resolved, demo=demo))
+app.command()(serve)
 
 
 @app.command()
@@ -371,15 +341,6 @@ def _options(num_frames: int | None, fps: float | None) -> MediaOptions:
     if fps is not None and not 0 < fps <= 1000:
         raise typer.BadParameter(f"Expected --fps above 0 and at most 1000, but got {fps:g}")
     return MediaOptions(num_frames=num_frames, fps=fps)
-
-
-def _epd(text: str | None) -> tuple[int, int, int] | None:
-    counts = [] if text is None else [int(part) for part in text.split(",") if part.isdecimal() and int(part)]
-    if text is None:
-        return None
-    if len(counts) != 3 or text.count(",") != 2:
-        raise typer.BadParameter(f"Expected --epd as three counts such as 1,1,1, but got {text}")
-    return counts[0], counts[1], counts[2]
 
 
 def _llm(model: str, methods: Methods, options: MediaOptions, epd: tuple[int, int, int] | None) -> LLM:

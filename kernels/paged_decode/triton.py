@@ -231,7 +231,7 @@ def constants(
         "BLOCK_SLOTS": config.block_slots,
         "INT4": int4,
         "KEY_AXIS": 0 if scales is None else ("slot", "channel").index(scales.key_axis) + 1,
-        "PRECISION": "ieee" if q_dtype is torch.float32 else "tf32",
+        "PRECISION": "tf32x3" if q_dtype is torch.float32 else "tf32",
     }
 
 

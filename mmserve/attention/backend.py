@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 
 from mmserve.attention.cpu import CpuAttention
+from mmserve.attention.cuda import CudaAttention
 from mmserve.attention.paged import PagedAttention
+
+ATTENTION: dict[str, type[PagedAttention]] = {"cpu": CpuAttention, "cuda": CudaAttention}
 
 
 def attention_for(device: torch.device) -> type[PagedAttention]:
     """The fastest attention over paged KV for a device."""
-    return CpuAttention if device.type == "cpu" else PagedAttention
+    return ATTENTION.get(device.type, PagedAttention)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 3 << 19  # scores of one block: the second-level caches of two cores
+BLOCK_BYTES = 3 << 20  # scores of one block: the second-level caches of two cores
 MIN_ROWS, MAX_ROWS = 8, 128
 
 
@@ -25,16 +25,17 @@ def blocked_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     older = len(k) - rows
     k = (k - k.mean(0)).T
     block = max(MIN_ROWS, min(MAX_ROWS, BLOCK_BYTES // (group * len(v) * q.itemsize)))
-    scaled = q.transpose(0, 1) * width**-0.5  # [group, n, d]
+    scaled = (q * width**-0.5).contiguous()
     out = torch.empty_like(scaled)
     buffer = torch.empty(group * min(block, rows) * len(v), dtype=q.dtype)
-    hidden = torch.ones(block, block, dtype=torch.bool).triu(1)
+    hidden = torch.ones(block, block, dtype=torch.bool).triu(1)[:, None]
     for start in range(0, rows, block):
         stop = min(start + block, rows)
         count, seen = stop - start, older + stop
-        scores = buffer[: group * count * seen].view(group * count, seen)
-        torch.mm(scaled[:, start:stop].reshape(-1, width), k[:, :seen], out=scores)
-        scores.view(group, count, seen)[..., seen - count :].masked_fill_(hidden[:count, :count], -torch.inf)
+        scores = buffer[: count * group * seen].view(count * group, seen)
+        torch.mm(scaled[start:stop].view(-1, width), k[:, :seen], out=scores)
+        own = scores.view(count, group, seen)[..., seen - count :]
+        own.masked_fill_(hidden[:count, :, :count], -torch.inf)
         torch.softmax(scores, -1, out=scores)
-        out[:, start:stop] = (scores @ v[:seen]).view(group, count, width)
-    return out.transpose(0, 1)
+        torch.mm(scores, v[:seen], out=out[start:stop].view(-1, width))
+    return out

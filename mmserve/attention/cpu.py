@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional
 from mmserve.attention.blocked import blocked_causal
 from mmserve.attention.paged import PagedAttention, SequenceRows
 from mmserve.kernels.paged_decode.cpu import paged_decode
+from mmserve.kernels.prefill_attention import cpu as native
 from mmserve.kv.sequence import Runs
 from mmserve.kv.store import PageStore
 from mmserve.kv.table import PageTable
@@ -34,9 +36,23 @@ class CpuAttention(PagedAttention):
     ) -> None:
         super().__init__(table, store, batch, observe)
         self._runs = {rows.sequence: table.runs(rows.sequence) for rows in batch}
-        self._decode_runs = _joined([self._runs[rows.sequence] for rows in self._decodes])
+        if self._decodes:
+            self._decode_runs = _joined([self._runs[rows.sequence] for rows in self._decodes])
 
     def _prompt(self, layer: int, rows: SequenceRows, q: Tensor) -> Tensor:
+        if native.is_available(q, self._store.k):
+            width = q.shape[-1]
+            runs = _joined([self._runs[rows.sequence]])
+            return native.prefill_attention(
+                q[None],
+                self._store.k.view(-1, width),
+                self._store.v.view(-1, width),
+                runs.first[layer],
+                runs.length[layer],
+                runs.begin,
+                scale=width**-0.5,
+                is_causal=True,
+            )[0]
         keys, values = self._heads(layer, rows.sequence)
         grouped = q.unflatten(1, (len(keys), -1))  # [n, kv_heads, group, d]
         if q.dtype is keys[0].dtype is torch.bfloat16:
@@ -71,30 +87,35 @@ class CpuAttention(PagedAttention):
     def _decode(self, layer: int, q: Tensor) -> Tensor:
         if q.dtype is not self._store.k.dtype:
             return super()._decode(layer, q)
-        width = self._store.k.shape[-1]
-        first, length, begin = self._decode_runs
+        width, runs = q.shape[-1], self._decode_runs
         return paged_decode(
             q,
             self._store.k.view(-1, width),
             self._store.v.view(-1, width),
-            first[layer],
-            length[layer],
-            begin,
+            runs.first[layer],
+            runs.length[layer],
+            runs.begin,
             scale=width**-0.5,
         )
 
 
-def _joined(sequences: list[Runs]) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs of every (sequence, KV head) in turn: first and length [layers, runs], begin [heads + 1]."""
-    if not sequences:
-        return torch.empty(0), torch.empty(0), torch.empty(0)
+class _JoinedRuns(NamedTuple):
+    """Runs of every (sequence, KV head), one after another."""
+
+    first: Tensor  # int64 [layers, runs]
+    length: Tensor  # int32 [layers, runs]
+    begin: Tensor  # int64 [sequences * kv_heads + 1], where those of each begin
+
+
+def _joined(sequences: list[Runs]) -> _JoinedRuns:
+    assert sequences, "there is a sequence"
     layers = sequences[0].first.shape[1]
     first = [runs.first.transpose(1, 2, 0).reshape(layers, -1) for runs in sequences]
     length = [runs.length.transpose(1, 2, 0).reshape(layers, -1) for runs in sequences]
     counts = [len(runs.first) for runs in sequences for _ in range(runs.first.shape[2])]
     begin = np.concatenate([[0], np.cumsum(counts)])
     arrays = np.concatenate(first, axis=1), np.concatenate(length, axis=1), begin
-    return torch.from_numpy(arrays[0]), torch.from_numpy(arrays[1]), torch.from_numpy(arrays[2])
+    return _JoinedRuns(*map(torch.from_numpy, arrays))
 
 
 @lru_cache(maxsize=4)

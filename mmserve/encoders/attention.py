@@ -1,7 +1,7 @@
-"""Attention of a vision tower in bf16 on a CPU: one picture's heads as two products and a softmax.
+"""Attention of a vision tower: our compiled kernel for bf16 on a CPU, torch's for everything else.
 
-torch's flash kernel for CPUs multiplies bf16 at about half that speed. Registered with transformers
-under `NAME`; other dtypes and devices go to torch's kernel. Knows nothing about towers.
+torch's own kernel multiplies bf16 on CPUs at half that speed. Registered with transformers under `NAME`.
+Knows nothing about towers.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from mmserve.kernels.prefill_attention import cpu as native
 
 NAME = "mmserve_tower"
 
@@ -24,14 +26,24 @@ def tower_attention(
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Outputs [B, N, H, d] of q, k and v [B, H, N, d]; every token sees its whole picture."""
-    if query.dtype is not torch.bfloat16 or query.device.type != "cpu":
+    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))  # [B, N, H, d]
+    if not (native.is_available(q, k) and all(tensor.is_contiguous() for tensor in (q, k, v))):
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         return out, None
     assert attention_mask is None, "a picture has no padding"
-    out = query.new_empty(len(query), query.shape[2], query.shape[1], query.shape[3])
-    for picture, q, k, v in zip(out, query, key, value, strict=True):
-        scores = torch.bmm(q * scaling, k.transpose(1, 2))
-        torch.bmm(torch.softmax(scores, -1, out=scores), v, out=picture.transpose(0, 1))
+    pictures, tokens, heads, _ = q.shape
+    first = torch.arange(pictures)[:, None] * tokens * heads + torch.arange(heads)
+    out = native.prefill_attention(
+        q,
+        k,
+        v,
+        first.flatten(),
+        torch.full((pictures * heads,), tokens, dtype=torch.int32),
+        torch.arange(pictures * heads + 1),
+        scale=scaling,
+        is_causal=False,
+        slot_step=heads,
+    )
     return out, None
 
 

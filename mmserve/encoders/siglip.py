@@ -22,7 +22,7 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 from mmserve.encoders.attention import NAME as ATTENTION
 from mmserve.encoders.base import Encoded, EncodedImage
 
-FRAMES_PER_BATCH = 8
+FRAMES_PER_BATCH = {"cpu": 2, "cuda": 8}  # on a CPU, more fall out of its caches
 
 
 class SiglipEncoder(nn.Module):
@@ -51,12 +51,12 @@ class SiglipEncoder(nn.Module):
 
     @torch.inference_mode()
     def video(self, pixels: Tensor) -> Encoded:
-        results = [self._frames(part) for part in pixels.split(FRAMES_PER_BATCH)]
+        results = [self._frames(part) for part in pixels.split(FRAMES_PER_BATCH[self.newline.device.type])]
         return Encoded(*(torch.cat(parts) for parts in zip(*results, strict=True)))
 
     @torch.inference_mode()
     def image(self, pixels: Tensor, original_size: tuple[int, int]) -> EncodedImage:
-        results = [self._patches(part) for part in pixels.split(FRAMES_PER_BATCH)]
+        results = [self._patches(part) for part in pixels.split(FRAMES_PER_BATCH[self.newline.device.type])]
         features, saliency = (torch.cat(parts) for parts in zip(*results, strict=True))
         return EncodedImage(
             self._pack(features, original_size, self.newline),

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmserve.attention.backend import attention_for
+from mmserve.attention.cuda import to_device
 from mmserve.attention.paged import PagedAttention, SequenceRows
+from mmserve.engine.graphs import MAX_ROWS, DecodeGraphs
 from mmserve.engine.scheduler import Plan
 from mmserve.kv.base import KVPolicy, LayerView
 from mmserve.kv.identity import Identity
@@ -82,8 +84,9 @@ class StepResult(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    """The packed rows of one step."""
+    """The packed rows of one step: those of `tokens`, then `pieces` of prompts."""
 
+    tokens: list[int]
     pieces: list[Tensor]
     positions: list[NDArray[np.int32]]
     rows: list[SequenceRows]
@@ -102,7 +105,9 @@ class Runner:
         self.prefix = PrefixCache(table, table.num_pages, store.page_bytes)
         self.device = device
         self.prompts: dict[str, PromptRows] = {}
-        self._attention = attention_for(device)
+        # steps of decodes alone, where a launch costs more than what it does
+        self.graphs = DecodeGraphs(decoder, table, store) if device.type == "cuda" else None
+        self.attention = attention_for(device)
 
     # pages
 
@@ -153,28 +158,31 @@ class Runner:
     # steps
 
     def embed(self, ids: Sequence[int] | NDArray[np.int64]) -> Tensor:
-        return self.decoder.embed(torch.as_tensor(ids, dtype=torch.int64, device=self.device))
+        return self.decoder.embed(to_device(np.asarray(ids, np.int64), self.device))
 
     @torch.inference_mode()
     def run(self, plan: Plan, decodes: dict[str, DecodeRow]) -> StepResult:
         """One step of every decode and chunk of the plan."""
         batch = self._batch(plan, decodes)
-        attention = self._attention(self.table, self.store, batch.rows, batch.observe)
-        where = torch.from_numpy(np.concatenate(batch.positions)).to(self.device)
-        hidden = self.decoder(torch.cat(batch.pieces), where, attention.attend)
+        positions = np.concatenate(batch.positions)
+        if self.graphs is not None and not plan.chunks and len(plan.decodes) <= MAX_ROWS:
+            return StepResult(plan.decodes, self.graphs.run(plan.decodes, batch.tokens, positions), {})
+        attention = self.attention(self.table, self.store, batch.rows, batch.observe)
+        decoding = [self.embed(batch.tokens)] if batch.tokens else []
+        rows = torch.cat([*decoding, *batch.pieces])
+        hidden = self.decoder(rows, to_device(positions, self.device), attention.attend)
         return self._result(plan, batch, hidden, attention)
 
     def _batch(self, plan: Plan, decodes: dict[str, DecodeRow]) -> _Batch:
-        batch = _Batch([], [], [], {})
+        batch = _Batch([], [], [], [], {})
         for start, name in enumerate(plan.decodes):
             row = decodes[name]
             order, position = np.array([row.order], np.int32), np.array([row.position], np.int32)
             self._make_room(self.table.missing_pages(name, 1))
             self.table.append(name, order, position)
+            batch.tokens.append(row.token)
             batch.positions.append(position)
             batch.rows.append(SequenceRows(name, start, start + 1))
-        if plan.decodes:
-            batch.pieces.append(self.embed([decodes[name].token for name in plan.decodes]))
         start = len(plan.decodes)
         for chunk in plan.chunks:
             prompt = self.prompts[chunk.sequence]
@@ -205,7 +213,8 @@ class Runner:
                 rows = where[chunk.sequence]
                 prompt_logits[chunk.sequence] = self.decoder.logits(hidden[rows.start : rows.stop])
         if finished:
-            logits = self.decoder.logits(hidden[[where[name].stop - 1 for name in finished]])
+            last = np.array([where[name].stop - 1 for name in finished])
+            logits = self.decoder.logits(hidden.index_select(0, to_device(last, self.device)))
         else:
             logits = hidden.new_empty(0, self.decoder.config.vocab_size, dtype=torch.float32)
         return StepResult(tuple(finished), logits, prompt_logits)
@@ -230,7 +239,7 @@ class Runner:
         if identity is not None and self.available_pages < one_head:
             self.prefix.forget(identity)
         first = prompt.first_observed
-        visual, order = torch.from_numpy(prompt.is_visual), torch.from_numpy(prompt.order)
+        visual, order = (to_device(rows, self.device) for rows in (prompt.is_visual, prompt.order))
         for layer in range(self.table.layers):
             keys, values = self.store.read(self.table.slots(sequence, layer))
             view = LayerView(

@@ -50,7 +50,7 @@ class TransformersOracle:
     """
 
     def __init__(self, path: Path) -> None:
-        self._model = LlavaOnevisionForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+        self.model = LlavaOnevisionForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
         self._tokenizer = AutoTokenizer.from_pretrained(path)
         self._images = LlavaOnevisionImageProcessorPil.from_pretrained(path)
 
@@ -60,7 +60,7 @@ class TransformersOracle:
     ) -> OracleAnswer:
         """`videos` are [T, S, S, 3], `images` [H, W, 3], both in the order of their parts in `messages`."""
         ids, inputs = self._inputs(messages, videos, images)
-        made = self._model.generate(
+        made = self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
@@ -91,7 +91,7 @@ class TransformersOracle:
         drawn = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))
         kept = ~visual
         kept[places[drawn[: math.ceil(share * len(places))]]] = True
-        made = self._model.generate(
+        made = self.model.generate(
             inputs_embeds=embedded[:, kept],
             attention_mask=torch.ones(1, int(kept.sum()), dtype=torch.long),
             max_new_tokens=max_new_tokens,
@@ -110,7 +110,7 @@ class TransformersOracle:
         """Under VideoScan's semantic mask; only text, images and carriers stay for decoding."""
         ids, inputs = self._inputs(messages, videos, images)
         embedded, _ = self._embedded(ids, inputs)
-        config, language = self._model.config, self._model.model.language_model
+        config, language = self.model.config, self.model.model.language_model
         frame = self._frames(ids[0], [len(video) for video in videos])
         inside = frame >= 0
         if inside.any():
@@ -124,7 +124,7 @@ class TransformersOracle:
         new: list[int] = []
         scores: list[float] = []
         while len(new) < max_new_tokens:
-            logprobs = self._model.lm_head(made.last_hidden_state[0, -1]).log_softmax(-1)
+            logprobs = self.model.lm_head(made.last_hidden_state[0, -1]).log_softmax(-1)
             new.append(int(logprobs.argmax()))
             scores.append(float(logprobs[new[-1]]))
             if new[-1] == config.text_config.eos_token_id:
@@ -139,7 +139,7 @@ class TransformersOracle:
 
     def _embedded(self, ids: torch.Tensor, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings [1, S, D] of a prompt with its media, and which of its tokens are visual."""
-        inner, config = self._model.model, self._model.config
+        inner, config = self.model.model, self.model.config
         embedded = inner.get_input_embeddings()(ids)
         video, image = ids[0] == config.video_token_id, ids[0] == config.image_token_id
         if video.any():
@@ -158,7 +158,7 @@ class TransformersOracle:
         for count in counts:
             first = numbers[-2] + 1 if numbers else 0
             numbers += [first + index for index in range(count) for _ in range(size)] + [-1]
-        frame[ids == self._model.config.video_token_id] = torch.tensor(numbers, dtype=ids.dtype)
+        frame[ids == self.model.config.video_token_id] = torch.tensor(numbers, dtype=ids.dtype)
         return frame
 
     def _inputs(
@@ -172,7 +172,7 @@ class TransformersOracle:
         if images:
             made = self._images([[Image.fromarray(image) for image in images]], return_tensors="pt")
             inputs |= {name: made[name] for name in ("pixel_values", "image_sizes", "batch_num_images")}
-            packed = self._model.model.get_image_features(
+            packed = self.model.model.get_image_features(
                 **{name: inputs[name] for name in ("pixel_values", "image_sizes", "batch_num_images")}
             )
             counts["<image>"] = [len(features) for features in packed.pooler_output]
@@ -183,7 +183,7 @@ class TransformersOracle:
         return OracleAnswer(ids[0].tolist(), new, scores, text)
 
     def _video_tokens(self, frames: int) -> int:
-        vision = self._model.config.vision_config
+        vision = self.model.config.vision_config
         grid: int = vision.image_size // vision.patch_size
         side = math.ceil(grid / 2)
         return frames * side * side + 1

@@ -120,7 +120,7 @@ def training_questions(rng: np.random.Generator, scene: Scene, most: int) -> lis
     listed = captions(rng, scene)
     rng.shuffle(common)
     described = [listed[int(rng.integers(2))]] if listed and rng.random() < 0.3 else []
-    return (described + rare + common[:3])[:most]
+    return (described + rare + common[:5])[:most]
 
 
 def batches(count: int, size: int, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:

@@ -15,8 +15,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from mmserve.evaluation.carriers import carrier_slots, with_carriers
-from mmserve.evaluation.clipworld import Question
+from mmserve.evaluation.clipworld import DIRECTIONS, Question
+from mmserve.evaluation.drawing import COLOURS, SHAPES
 
+SOUGHT = (*COLOURS, *SHAPES, *DIRECTIONS)
+NAMED_BY = {"colour": SHAPES, "direction": SHAPES, "shape": tuple(COLOURS)}  # by kind of question
 ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -37,6 +40,8 @@ class Row:
     wanted: Tensor  # int64 [A]
     weights: Tensor  # float32 [A]
     kinds: list[tuple[str, int, int]]  # (kind, first, last + 1) in the asked
+    named_at: Tensor  # int64 [M], the words in questions by which an object is named
+    sought: Tensor  # int64 [M], the index in SOUGHT of what is asked about it
 
 
 class TinyTokenizer:
@@ -46,6 +51,12 @@ class TinyTokenizer:
         self._tokenizer = tokenizer
         self._known: dict[str, list[int]] = {}
         self.media = {kind: self.ids(f"<{kind}>")[0] for kind in ("image", "video")}
+
+    def name_at(self, question: Question, ids: list[int]) -> int | None:
+        """Where in `ids`, which hold a question, the one object it is about is named."""
+        names = {token for word in NAMED_BY.get(question.kind, ()) for token in self.ids(f" {word}")}
+        found = [index for index, token in enumerate(ids) if token in names]
+        return found[0] if len(found) == 1 and question.answer in SOUGHT else None
 
     def ids(self, text: str) -> list[int]:
         if text not in self._known:
@@ -70,6 +81,7 @@ class RowBuilder:
     _sees: list[int] = field(default_factory=list)
     _asked: list[tuple[int, int, float]] = field(default_factory=list)
     _kinds: list[tuple[str, int, int]] = field(default_factory=list)
+    _named: list[tuple[int, int]] = field(default_factory=list)
     _items: int = 0
     _frames: int = 0
     _branches: int = 0
@@ -121,7 +133,11 @@ class RowBuilder:
             self._tokens.append(self.tokenizer.media["video"])
         for number, question in enumerate(turns):
             opening = "<|im_start|>user\n" if number else ""
-            self._tokens += self.tokenizer.ids(f"\n{opening}{question.text}{ASSISTANT}")
+            prompt = self.tokenizer.ids(f"\n{opening}{question.text}{ASSISTANT}")
+            name = self.tokenizer.name_at(question, prompt)
+            if name is not None:
+                self._named.append((len(self._tokens) + name, SOUGHT.index(question.answer)))
+            self._tokens += prompt
             answer = self.tokenizer.ids(f"{question.answer}<|im_end|>")
             weight = 1.0 / len(answer) if question.kind == "caption" else 1.0
             self._kinds.append((question.kind, len(self._asked), len(self._asked) + len(answer)))
@@ -151,6 +167,8 @@ class RowBuilder:
             wanted=torch.tensor(wanted),
             weights=torch.tensor(weights),
             kinds=self._kinds,
+            named_at=torch.tensor([at for at, _ in self._named], dtype=torch.long),
+            sought=torch.tensor([wanted for _, wanted in self._named], dtype=torch.long),
         )
 
     def _pixels(self, tokens: Tensor) -> None:

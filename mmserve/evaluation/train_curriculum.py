@@ -37,34 +37,41 @@ from mmserve.evaluation.tiny_data import pixels
 from mmserve.evaluation.tiny_forward import embed_row, row_states
 from mmserve.evaluation.tiny_model import POOLED, save_checkpoint
 from mmserve.evaluation.tiny_pools import Item, Pools, embed_frames
-from mmserve.evaluation.tiny_rows import Row, TinyTokenizer, frame_ends
+from mmserve.evaluation.tiny_rows import SOUGHT, Row, TinyTokenizer, frame_ends
 from mmserve.evaluation.train_phases import Phase
 from mmserve.evaluation.train_steps import decayed, schedule
 
 ITEMS = 6  # of a mixed prompt, at most
-ITEM_LAYER = 1  # after which a visual token should know the number of its item
-PROBED = (2, 4)  # layers whose states at frame ends are probed: for what is there, for what happened
 
 
 class Probe(nn.Module):
     """What a frame's last token should know, read off two layers; dropped after training."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, layers: int) -> None:
         super().__init__()
+        # states that are read: what is in sight, which item, what is asked about, what has happened
+        self.early, self.middle, self.late = 1, layers // 2, layers - 2
         self.local = nn.Linear(width, sum(LOCAL))
         self.temporal = nn.Linear(width, sum(TEMPORAL))
         self.item = nn.Linear(width, ITEMS)
+        self.name = nn.Linear(width, len(SOUGHT))
         self.paint = nn.Linear(width, 3)  # mean colour under a token, background included
+
+    def name_loss(self, states: list[Tensor], row: Row) -> Tensor:
+        """Of the words that name an object in a question: they should find what is asked about it."""
+        if len(row.named_at) == 0:
+            return torch.zeros(())
+        return functional.cross_entropy(self.name(states[self.middle][0, row.named_at]).float(), row.sought)
 
     def item_loss(self, states: list[Tensor], row: Row) -> Tensor:
         inside = (row.item >= 0).nonzero()[:, 0]
-        return functional.cross_entropy(self.item(states[ITEM_LAYER][0, inside]).float(), row.item[inside])
+        return functional.cross_entropy(self.item(states[self.early][0, inside]).float(), row.item[inside])
 
     def loss(self, states: list[Tensor], row: Row, labels: tuple[Tensor, Tensor]) -> Tensor:
         ends = frame_ends(row)
         total = states[0].new_zeros((), dtype=torch.float32)
         for layer, head, sizes, wanted in zip(
-            PROBED, (self.local, self.temporal), (LOCAL, TEMPORAL), labels, strict=True
+            (self.early, self.late), (self.local, self.temporal), (LOCAL, TEMPORAL), labels, strict=True
         ):
             scores = head(states[layer][0, ends]).float()
             parts = [
@@ -107,7 +114,8 @@ class Curriculum:
         self.model, self.tokenizer, self.run, self.seed, self.workers = model, tokenizer, run, seed, workers
         self.started = time.monotonic()
         self.words = TinyTokenizer(tokenizer)
-        self.probe = Probe(model.config.text_config.hidden_size).to(model.device)
+        text = model.config.text_config
+        self.probe = Probe(text.hidden_size, text.num_hidden_layers).to(model.device)
         self.whole = nn.ModuleDict({"tiny": model, "probe": self.probe})
 
     def train(self, phase: Phase, save_every_s: float = 420.0) -> None:
@@ -126,9 +134,10 @@ class Curriculum:
             rate = schedule(step, phase.steps, 1.0, warmup=40, floor=phase.floor)
             for group in optimiser.param_groups:
                 group["lr"] = rate * group["peak"]
-            for kind, loss, probed in self._step(phase, pools, rng, optimiser):
+            for kind, loss, probed, named in self._step(phase, pools, rng, optimiser):
                 rows.setdefault(kind, []).append(loss)
                 rows.setdefault(f"{kind} probe", []).append(probed)
+                rows.setdefault(f"{kind} name", []).append(named)
             step += 1
             if step % 20 == 0:
                 means = {kind: round(float(np.mean(losses)), 4) for kind, losses in sorted(rows.items())}
@@ -143,7 +152,7 @@ class Curriculum:
         inner = self.model.model
         language = [*inner.language_model.parameters(), inner.image_newline]
         groups: list[dict[str, Any]] = [group | {"peak": phase.peak} for group in decayed(language)]
-        groups += [group | {"peak": 4 * phase.peak} for group in decayed(list(self.probe.parameters()))]
+        groups += [group | {"peak": phase.peak} for group in decayed(list(self.probe.parameters()))]
         tower = [*inner.vision_tower.parameters(), *inner.multi_modal_projector.parameters()]
         for parameter in tower:
             parameter.requires_grad_(phase.tower_peak > 0)
@@ -154,7 +163,7 @@ class Curriculum:
     def _order(self, phase: Phase, pools: Pools, rng: np.random.Generator) -> list[Ordered]:
         ordered = []
         for kind, count in phase.menu.items():
-            for _ in range(count):
+            for _ in range(int(count + rng.random())):
                 carriers = bool(rng.random() < phase.carriers.get(kind, 0.0))
                 if kind == "still":
                     items = [still(rng, pools.draw("clip", rng))]
@@ -181,13 +190,13 @@ class Curriculum:
             return still_row(rng, self.words, seen[0], carriers=order.carriers)
         views = 3 if order.kind in ("varied", "long") else 1
         return video_row(
-            rng, self.words, seen[0], carriers=order.carriers, views=views, most=8 if views == 1 else 7
+            rng, self.words, seen[0], carriers=order.carriers, views=views, most=9 if views == 1 else 7
         )
 
     def _step(
         self, phase: Phase, pools: Pools, rng: np.random.Generator, optimiser: torch.optim.Optimizer
-    ) -> list[tuple[str, float, float]]:
-        """One update; each row's kind, mean loss of its answers, and loss of its probe."""
+    ) -> list[tuple[str, float, float, float]]:
+        """One update; each row's kind, mean loss of its answers, and losses of its probes."""
         optimiser.zero_grad(set_to_none=True)
         ordered = self._order(phase, pools, rng)
         leaves: list[tuple[Tensor, Tensor]] = []
@@ -211,7 +220,7 @@ class Curriculum:
         optimiser.step()
         return losses
 
-    def _row_loss(self, order: Ordered, row: Row, total: float, rows: int) -> tuple[str, float, float]:
+    def _row_loss(self, order: Ordered, row: Row, total: float, rows: int) -> tuple[str, float, float, float]:
         inner = self.model.model
         with torch.autocast("cpu", torch.bfloat16):
             embedded = embed_row(row, inner.get_input_embeddings().weight, inner.image_newline)
@@ -225,10 +234,17 @@ class Curriculum:
                 probed = self.probe.item_loss(states, row)
             else:
                 probed = self.probe.loss(states, row, frame_labels(order.items[0].scene))
+            named = self.probe.name_loss(states, row)
+        loss = loss + 0.5 * named / rows
         loss = loss + (0.8 if order.carriers or order.kind == "mixed" else 0.25) * probed / rows
         loss.backward()
         name = order.kind + ("+" if order.carriers else "")
-        return name, float(answers.detach() / row.weights.sum()), float(probed.detach())
+        return (
+            name,
+            float(answers.detach() / row.weights.sum()),
+            float(probed.detach()),
+            float(named.detach()),
+        )
 
     def _see(self, ordered: list[Ordered]) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """Tokens of all media with the tower in training.

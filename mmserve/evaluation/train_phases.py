@@ -10,16 +10,17 @@ from mmserve.evaluation.tiny_pools import Supply
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """`menu` counts rows per step, `carriers` is the share of each kind's rows under the semantic mask.
+    """`menu` is how many rows of each kind a step has on average.
 
-    `tower_peak` 0 keeps the tower as it is.
+    `carriers` is the share of each kind's rows under the semantic mask; `tower_peak` 0 keeps the tower as
+    it is.
     """
 
     name: str
     steps: int
     peak: float
     tower_peak: float = 0.0
-    menu: dict[str, int]
+    menu: dict[str, float]
     carriers: dict[str, float]
     supplies: dict[Lesson, Supply]
     longest_mix: int = 6
@@ -47,10 +48,10 @@ JOINT = Phase(
 )
 LONG = Phase(
     name="long",
-    steps=1100,
-    peak=8e-4,
-    menu={"clip": 4, "still": 6, "varied": 1, "long": 1, "stream": 1, "mixed": 2},
-    carriers={"clip": 0.6, "still": 1.0, "varied": 0.5, "long": 0.45, "stream": 0.35, "mixed": 0.1},
+    steps=1000,
+    peak=4e-4,
+    menu={"clip": 4, "still": 8, "varied": 0.7, "long": 0.45, "stream": 0.4, "mixed": 2},
+    carriers={"clip": 0.6, "still": 1.0, "varied": 0.6, "long": 0.6, "stream": 0.4, "mixed": 0.1},
     supplies={
         "clip": Supply(32, 8, 24),
         "image": Supply(16, 16, 16),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass, field
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from mmserve.kv.pool import Pages
 
 IntArray = NDArray[np.int32]
 SlotArray = NDArray[np.int64]
+_versions = count()
 
 
 class Runs(NamedTuple):
@@ -43,7 +45,8 @@ class SequenceState:
 
     `order` is [1, 1, capacity] and `position` [1, 1, capacity, axes] while all heads are alike, which
     makes their lengths equal; with `spread` the first two axes become [layers, heads].
-    `longest` and `room` repeat what `lengths` and `owned` say, for the sake of appending.
+    `longest` and `room` repeat what `lengths` and `owned` say, for the sake of appending. `version` is
+    another one, never used before by any sequence, whenever pages have changed.
     """
 
     page_size: int
@@ -54,6 +57,7 @@ class SequenceState:
     position: IntArray
     longest: int = 0
     room: int = 0  # slots that every head can take without another page
+    version: int = -1
     _layout: _Layout | None = field(default=None)
 
     @classmethod
@@ -98,6 +102,7 @@ class SequenceState:
         """Bring what is derived up to date after `pages`, `owned` or `lengths` have changed."""
         self.longest = int(self.lengths.max())
         self.room = int((self.owned * self.page_size - self.lengths).min())
+        self.version = next(_versions)
         self._layout = None
 
     def append(self, order: IntArray, position: IntArray) -> None:

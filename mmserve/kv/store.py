@@ -6,6 +6,7 @@ another process is not its business either.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +35,10 @@ class KVExport:
 
 
 class PageStore:
-    """K and V of a pool of pages, each [num_pages, page_size, head_dim]. Slots are int64 of any shape."""
+    """K and V of a pool of pages, each [num_pages + 1, page_size, head_dim]. Slots are int64 of any shape.
+
+    No table hands out the last page, `scratch_page`: rows that only fill up a batch use it.
+    """
 
     def __init__(
         self,
@@ -45,9 +49,9 @@ class PageStore:
         device: str = "cpu",
     ) -> None:
         self.page_size = page_size
-        # zeros, not empty: the system hands them out lazily, and what was never written must be finite
-        self.k = torch.zeros(num_pages, page_size, head_dim, dtype=dtype, device=device)
-        self.v = torch.zeros_like(self.k)
+        self.scratch_page = num_pages
+        shape = (num_pages + 1, page_size, head_dim)
+        self.k, self.v = _zeros(shape, dtype, device), _zeros(shape, dtype, device)
 
     @property
     def page_bytes(self) -> int:
@@ -115,3 +119,15 @@ class PageStore:
     def _tensor(self, slots: SlotArray | Tensor) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(slots)) if isinstance(slots, np.ndarray) else slots
         return tensor.to(self.k.device)
+
+
+def _zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> Tensor:
+    """What was never written must be finite.
+
+    On a CPU through numpy, which leaves it to the system to hand out memory when it is first written, and
+    asks for large pages; torch fills it at once.
+    """
+    if device != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(memory).view(dtype).view(shape)

@@ -143,6 +143,15 @@ class PageTable:
         """Slots per head, int32 [layers, kv_heads]."""
         return self._sequences[sequence].lengths.copy()
 
+    def pages(self, sequence: str) -> Pages:
+        """Pages of every head with those reserved, int32 [layers, kv_heads, most], padded with -1; a view."""
+        state = self._sequences[sequence]
+        return state.pages[:, :, : int(state.owned.max())]
+
+    def version(self, sequence: str) -> int:
+        """Says which `pages` they are: as long as it is the same, so are they."""
+        return self._sequences[sequence].version
+
     def slots(self, sequence: str, layer: int) -> SlotArray:
         """Flat slots of one layer, int64 [kv_heads, longest], padded with -1."""
         state = self._sequences[sequence]

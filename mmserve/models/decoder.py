@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmserve.models.linear import Linear
-from mmserve.models.rope import rope_angles, rope_frequencies, rotate
+from mmserve.models.rope import rope_angles, rope_frequencies_on, rotate
 
 
 class Attend(Protocol):
@@ -122,7 +122,7 @@ class TextDecoder(nn.Module):
     def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Hidden states [N, D] after the final norm, for embeddings [N, D] at RoPE positions [N]."""
         config = self.config
-        frequencies = rope_frequencies(config.head_dim, config.rope_theta).to(x.device)
+        frequencies = rope_frequencies_on(x.device, config.head_dim, config.rope_theta)
         cos, sin = rope_angles(positions, frequencies, x.dtype)
         for index, layer in enumerate(self.layers):
             x = layer(x, cos, sin, index, attend)

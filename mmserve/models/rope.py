@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
+
+
+@lru_cache(maxsize=8)
+def rope_frequencies_on(device: torch.device, head_dim: int, theta: float) -> Tensor:
+    """`rope_frequencies` on a device; made once, since a CUDA graph cannot wait for a copy."""
+    return rope_frequencies(head_dim, theta).to(device)
 
 
 def rope_frequencies(head_dim: int, theta: float) -> Tensor:

@@ -59,11 +59,14 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 def run_worker(config: WorkerConfig, should_stop: Callable[[], bool]) -> None:
     """Load what the roles need and serve until `should_stop`; everything is released on return."""
+    from mmserve.kernels import native
     from mmserve.models.loader import load_checkpoint, weights_revision
     from mmserve.transfer import LeaseStore
     from mmserve.workers.loop import WorkerLoop
 
     checkpoint = load_checkpoint(config.model, config.dtype, _device())
+    if checkpoint.device == "cpu":
+        native.load_all()
     directories = tuple(map(Path, config.directories))
     with ExitStack() as stack:
         dealer = stack.enter_context(Dealer(config.endpoint, config.name.encode()))

@@ -149,6 +149,7 @@ def variants(chip: int) -> Iterator[Variant]:
     yield decode_variant("decode_int4_channel", torch.uint8, key_axis="channel", zeros=True)
     if chip >= 90:
         yield decode_variant("decode_fp8", torch.float8_e4m3fn, key_axis="slot")
+    yield decode_variant("decode_fp32", torch.float32, dtype=torch.float32)
     yield merge_variant()
     yield mass_variant()
 

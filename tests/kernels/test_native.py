@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from mmserve.kernels import native
 
 needs_compiler = pytest.mark.skipif(
-    not any(map(native.shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler"
+    not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler"
 )
 
 

@@ -1,0 +1,116 @@
+"""The curriculum's trainer: every kind of row, the tower along or not, and going on after a stop."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mmserve.evaluation import train_curriculum
+from mmserve.evaluation.clipworld import render, sample_scene
+from mmserve.evaluation.curriculum import Lesson
+from mmserve.evaluation.tiny_model import DRAFT, build_config, build_model, build_tokenizer
+from mmserve.evaluation.tiny_pools import Item, Supply
+from mmserve.evaluation.train_curriculum import Curriculum, still
+from mmserve.evaluation.train_phases import Phase
+from mmserve.evaluation.train_steps import schedule
+
+TOKENIZER = build_tokenizer()
+FROZEN = Phase(
+    name="frozen",
+    steps=2,
+    peak=1e-3,
+    menu={"clip": 1, "still": 1, "varied": 0.5, "stream": 0, "mixed": 1},
+    carriers={"clip": 0.5, "still": 1.0},
+    supplies={"clip": Supply(1, 1, 1)},
+    longest_mix=3,
+)
+
+
+class NoWorkers:
+    """Stands in for the pools: a few items, made in this process."""
+
+    def __init__(self, *_: object) -> None:
+        self.pixels = False
+
+    def advance(self, step: int) -> None:
+        self.step = step
+
+    def draw(self, lesson: Lesson, rng: np.random.Generator) -> Item:
+        frames = 1 if lesson == "image" else 3
+        scene = sample_scene(np.random.default_rng(int(rng.integers(4))), "colour", frames)
+        if self.pixels:
+            return Item(scene, torch.from_numpy(render(scene)))
+        tokens = torch.from_numpy(rng.standard_normal((frames, 36, 128), np.float32)).bfloat16()
+        if lesson == "image":
+            tokens = torch.zeros(144, 128, dtype=torch.bfloat16)
+        return Item(scene, tokens.view(torch.int16))
+
+    def close(self) -> None:
+        pass
+
+
+class WithPixels(NoWorkers):
+    def __init__(self, *_: object) -> None:
+        self.pixels = True
+
+
+def curriculum(run: Path) -> Curriculum:
+    run.mkdir()
+    return Curriculum(build_model(build_config(TOKENIZER, DRAFT), 0), TOKENIZER, run, 0, 1)
+
+
+def test_training_goes_on_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_curriculum, "Pools", NoWorkers)
+    straight = curriculum(tmp_path / "straight")
+    straight.train(FROZEN)
+    # the rate is planned for all steps, so the first step alone must have the same plan
+    monkeypatch.setattr(train_curriculum, "schedule", lambda step, *_, **__: schedule(step, 2, 1.0, 40))
+    stopped = curriculum(tmp_path / "stopped")
+    stopped.train(replace(FROZEN, steps=1))
+    again = Curriculum(build_model(stopped.model.config, 1), TOKENIZER, tmp_path / "stopped", 0, 1)
+    again.train(FROZEN)
+    for (name, one), (_, other) in zip(
+        straight.whole.named_parameters(), again.whole.named_parameters(), strict=True
+    ):
+        assert torch.allclose(one, other, atol=1e-6), name
+
+
+def test_the_tower_learns_only_where_a_phase_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_curriculum, "Pools", NoWorkers)
+    trained = curriculum(tmp_path / "run")
+    tower = trained.model.model.vision_tower.state_dict()
+    before = {name: value.clone() for name, value in tower.items()}
+    trained.train(replace(FROZEN, steps=1))
+    assert all(torch.equal(before[name], value) for name, value in tower.items())
+    monkeypatch.setattr(train_curriculum, "Pools", WithPixels)
+    trained.train(replace(FROZEN, name="joint", steps=1, tower_peak=1e-3))
+    assert not all(torch.equal(before[name], value) for name, value in tower.items())
+
+
+def test_the_log_holds_losses_by_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_curriculum, "Pools", NoWorkers)
+    trained = curriculum(tmp_path / "run")
+    trained.train(replace(FROZEN, steps=20, menu={"still": 1}))
+    (line,) = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    row = json.loads(line)
+    assert row["step"] == 20
+    assert row["still+"] > 0
+
+
+def test_a_still_is_one_frame_of_a_clip() -> None:
+    pools = NoWorkers()
+    item = pools.draw("clip", np.random.default_rng(0))
+    one = still(np.random.default_rng(0), item)
+    assert one.scene.frames == len(one.content) == 1
+
+
+def test_the_rate_warms_up_and_falls_to_its_floor() -> None:
+    rates = [schedule(step, 100, 1.0, 10, floor=0.4) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[-1] == pytest.approx(0.4)

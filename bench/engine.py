@@ -32,7 +32,7 @@ from mmserve.models.loader import decoder_config
 
 BATCH = 16
 SHARED_VIDEOS = 4
-DECODE_STEPS = 32
+DECODE_STEPS = 96
 CHECKED_FRAMES = 2
 TEXT_TOKENS = 64  # more than the template and a question have
 # least ratios that pass, and that are aimed at, for this geometry and length on a CPU

@@ -5,7 +5,6 @@ Works, and says so, when any package is absent or broken. Knows nothing about ru
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import shutil
@@ -13,6 +12,8 @@ from collections.abc import Iterator
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
+
+from mmserve.config import usable_cores
 
 # distribution -> what it is for
 REQUIRED = {
@@ -122,8 +123,7 @@ def _cpu() -> dict[str, Any]:
     model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     flags = re.search(r"^flags\s*:\s*(.+)$", text, re.MULTILINE)
     known = set(flags[1].split()) if flags else set()
-    # sched_getaffinity respects taskset and cpusets, but only Linux has it
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     return {
         "model": model[1] if model else platform.machine(),
         "cores": cores,

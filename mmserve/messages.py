@@ -128,6 +128,7 @@ class DecodeFrom(Command, frozen=True, tag="decode_from"):
     next_order: int  # order of the first generated token: the uncompressed prompt's length
     next_position: int  # its RoPE position
     lease: Lease | None = None
+    slots: int = 0  # KV slots per head in the lease, in the longest head
     prompt_ids: tuple[int, ...] = ()
     priority: int = 0
 

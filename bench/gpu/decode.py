@@ -14,7 +14,8 @@ from mmserve.bench.pairing import Metric
 from mmserve.kernels.paged_decode import naive_pages
 from mmserve.kv.store import PageStore
 
-TOLERANCE = 5e-3  # outputs are means over many values
+SHARPNESS = 3  # of checked queries: the mean over many keys would be near 0, whatever is wrong
+TOLERANCE = 1e-2
 CHECKED = 2  # sequences
 GATE = 0.85
 
@@ -45,7 +46,7 @@ def run(session: Session) -> None:
     )
     for pages, seed in ((store.k, 1), (store.v, 2)):
         pages.normal_(generator=torch.Generator(session.device).manual_seed(seed))
-    order = torch.randperm(store.scratch_page, generator=torch.Generator().manual_seed(3), dtype=torch.int32)
+    order = torch.randperm(len(store.k), generator=torch.Generator().manual_seed(3), dtype=torch.int32)
     tables = order.view(sizes.batch, sizes.kv_heads, pages_per_head).to(session.device)
     lengths = torch.full_like(tables[..., 0], sizes.context).contiguous()
     q = random((sizes.batch, sizes.q_heads, sizes.width), session, 0)
@@ -53,11 +54,12 @@ def run(session: Session) -> None:
     def ours() -> Tensor:
         return decode_attention(q, store, tables, lengths)
 
-    some = slice(CHECKED)
+    some, sharp = slice(CHECKED), q * SHARPNESS
+    found = decode_attention(sharp, store, tables, lengths)[some]
     expected = naive_pages.paged_decode(
-        q[some], store.k, store.v, tables[some], lengths[some], scale=sizes.width**-0.5
+        sharp[some], store.k, store.v, tables[some], lengths[some], scale=sizes.width**-0.5
     ).out
-    session.check(f"{name} against fp32", ours()[some], expected, TOLERANCE)
+    session.check(f"{name} against fp32", found, expected, TOLERANCE)
     k, v = (pages[tables.long()].flatten(2, 3) for pages in (store.k, store.v))
     peers = sdpa(q[:, :, None], k, v, is_causal=False)
     taken = session.times(name, {"ours": ours, **peers})

@@ -1,4 +1,4 @@
-"""KV pages in int8, int4 or fp8, in the layout that `paged_decode` reads, and the rotation that helps them."""
+"""KV pages in int8, int4 or fp8 as `paged_decode` reads them, and the rotation that helps them."""
 
 from __future__ import annotations
 

@@ -43,7 +43,8 @@ def load_pages(pages: QuantizedPages, page_ids: Tensor) -> tuple[Tensor, Tensor]
 def hadamard(x: Tensor) -> Tensor:
     """As `kv_codec.hadamard`, but fp32."""
     d = x.shape[-1]
-    return x.float() @ hadamard_matrix(d).to(x.device) / (d & -d) ** 0.5
+    turned: Tensor = x.float() @ hadamard_matrix(d).to(x.device) / float(d & -d) ** 0.5
+    return turned
 
 
 def hadamard_matrix(d: int) -> Tensor:
@@ -51,7 +52,8 @@ def hadamard_matrix(d: int) -> Tensor:
     block = torch.ones(1, 1)
     while d % (2 * len(block)) == 0:
         block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)])
-    return torch.block_diag(*[block] * (d // len(block)))
+    matrix: Tensor = torch.block_diag(*[block] * (d // len(block)))
+    return matrix
 
 
 def page_slots(page_ids: Tensor, counts: Tensor, page_size: int) -> Tensor:

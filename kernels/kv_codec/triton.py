@@ -246,7 +246,9 @@ def store_pages(pages: QuantizedPages, k: Tensor, v: Tensor, page_ids: Tensor, c
     if scales.key_axis == "slot":
         _store_rows(pages.k, scales.k_scale, scales.k_zero, k.view(-1, d), slots)
         return
-    assert k.is_contiguous() and pages.width == d and pages.k.shape[1] == page_size, "k fits the pages"
+    assert k.is_contiguous(), "k fits the pages"
+    assert pages.width == d, "k fits the pages"
+    assert pages.k.shape[1] == page_size, "k fits the pages"
     if len(page_ids):
         store_channels_fwd_kernel[(len(page_ids),)](
             k, page_ids, counts, pages.k, scales.k_scale, scales.k_zero,
@@ -268,7 +270,8 @@ def load_pages(pages: QuantizedPages, page_ids: Tensor, dtype: torch.dtype) -> t
 def hadamard(x: Tensor) -> Tensor:
     """As `kv_codec.hadamard`; x is contiguous."""
     d = x.shape[-1]
-    assert x.is_contiguous() and d <= 256, "rows of up to 256 channels"
+    assert x.is_contiguous(), "rows of up to 256 channels"
+    assert d <= 256, "rows of up to 256 channels"
     out = torch.empty_like(x)
     if x.numel():
         hadamard_fwd_kernel[(triton.cdiv(x.numel() // d, HADAMARD_ROWS),)](
@@ -279,9 +282,13 @@ def hadamard(x: Tensor) -> Tensor:
 
 def _store_rows(pages: Tensor, scale: Tensor, zero: Tensor | None, rows: Tensor, slots: Tensor) -> None:
     count, d = rows.shape
-    assert rows.is_contiguous() and pages.is_contiguous() and slots.is_contiguous(), "contiguous"
-    assert slots.dtype == torch.int64 and slots.shape == (count,), "slots are int64, one per row"
-    assert pages.shape[2] * (2 if pages.dtype is torch.uint8 else 1) == d and d % 2 == 0, "rows fit the pages"
+    assert rows.is_contiguous(), "contiguous"
+    assert pages.is_contiguous(), "contiguous"
+    assert slots.is_contiguous(), "contiguous"
+    assert slots.dtype == torch.int64, "slots are int64, one per row"
+    assert slots.shape == (count,), "slots are int64, one per row"
+    assert pages.shape[2] * (2 if pages.dtype is torch.uint8 else 1) == d, "rows fit the pages"
+    assert d % 2 == 0, "rows fit the pages"
     if count:
         store_rows_fwd_kernel[(triton.cdiv(count, BLOCK_ROWS),)](
             rows, slots, pages, scale, zero, count,
@@ -299,7 +306,8 @@ def _load(
     by_channel: bool,
 ) -> Tensor:
     page_size, d = stored.shape[1], pages.width
-    assert page_ids.dtype == torch.int32 and page_ids.is_contiguous(), "page_ids are int32"
+    assert page_ids.dtype == torch.int32, "page_ids are int32"
+    assert page_ids.is_contiguous(), "page_ids are int32"
     out = torch.empty(len(page_ids), page_size, d, dtype=dtype, device=stored.device)
     if len(page_ids):
         load_pages_fwd_kernel[(len(page_ids), triton.cdiv(page_size, BLOCK_ROWS))](

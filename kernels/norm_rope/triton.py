@@ -168,7 +168,7 @@ def rerotate_fwd_kernel(
 
 def norm_warps(width: int) -> int:
     """Enough threads that each holds 16 numbers of a row."""
-    return max(1, min(16, triton.next_power_of_2(width) // 512))
+    return max(1, min(16, int(triton.next_power_of_2(width)) // 512))
 
 
 def rms_norm(
@@ -176,7 +176,9 @@ def rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """As `norm_rope.rms_norm`; all tensors are contiguous."""
     width = x.shape[-1]
-    assert x.is_contiguous() and weight.shape == (width,) and width <= MAX_WIDTH, "rows fit one program"
+    assert x.is_contiguous(), "rows fit one program"
+    assert weight.shape == (width,), "rows fit one program"
+    assert width <= MAX_WIDTH, "rows fit one program"
     assert residual is None or (residual.is_contiguous() and residual.shape == x.shape), "residual is like x"
     out = torch.empty_like(x)
     total = x if residual is None else torch.empty_like(x)
@@ -207,11 +209,16 @@ def rope_append(
     axes = 1 if positions.ndim == 1 else positions.shape[1]
     q_heads = heads - 2 * kv_heads
     assert all(t.is_contiguous() for t in (qkv, positions, slots, k_pages, v_pages)), "contiguous"
-    assert slots.dtype == torch.int64 and slots.shape == (kv_heads, tokens), "slots are int64 [Hkv, N]"
-    assert frequencies.shape == (d // 2,) and d % 2 == 0 and d <= 256, "one frequency per pair of channels"
+    assert slots.dtype == torch.int64, "slots are int64 [Hkv, N]"
+    assert slots.shape == (kv_heads, tokens), "slots are int64 [Hkv, N]"
+    assert frequencies.shape == (d // 2,), "one frequency per pair of channels"
+    assert d % 2 == 0, "one frequency per pair of channels"
+    assert d <= 256, "one frequency per pair of channels"
     assert axes == 1 or axis_of_pair is not None, "several axes need axis_of_pair"
     assert (q_weight is None) == (k_weight is None), "queries and keys are normed together"
-    assert k_pages.shape == v_pages.shape and k_pages.dtype == v_pages.dtype and k_pages.shape[-1] == d
+    assert k_pages.shape == v_pages.shape
+    assert k_pages.dtype == v_pages.dtype
+    assert k_pages.shape[-1] == d
     q = torch.empty(tokens, q_heads, d, dtype=qkv.dtype, device=qkv.device)
     if tokens:
         rope_append_fwd_kernel[(tokens, triton.cdiv(heads, BLOCK_HEADS))](
@@ -233,9 +240,12 @@ def rerotate(
 ) -> None:
     """As `norm_rope.rerotate`; all tensors are contiguous."""
     d = k_pages.shape[-1]
-    assert k_pages.is_contiguous() and v_pages.is_contiguous() and k_pages.shape == v_pages.shape, "pages"
+    assert k_pages.is_contiguous(), "pages"
+    assert v_pages.is_contiguous(), "pages"
+    assert k_pages.shape == v_pages.shape, "pages"
     assert source.dtype == destination.dtype == torch.int64, "slots are int64"
-    assert len(source) == len(destination) == len(delta) and len(frequencies) * 2 == d, "one delta per move"
+    assert len(source) == len(destination) == len(delta), "one delta per move"
+    assert len(frequencies) * 2 == d, "one delta per move"
     if len(source):
         rerotate_fwd_kernel[(triton.cdiv(len(source), BLOCK_SLOTS),)](
             k_pages, v_pages, source, destination, delta, frequencies, len(source),

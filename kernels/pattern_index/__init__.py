@@ -53,7 +53,7 @@ def block_scores(
     """
     if backend_for(q.device) == "naive":
         return naive.block_scores(q, k, row_order, key_order, block=block, scale=scale)
-    from mmserve.kernels.pattern_index import triton
+    from mmserve.kernels.pattern_index.blocks import triton
 
     return triton.block_scores(q, k, row_order, key_order, block=block, scale=scale)
 
@@ -77,10 +77,13 @@ def select_columns(
     [sink, key_end[block]), key_end int32 [blocks], so that a sink run and a local run can be added without
     meeting a column. Past `capacity` columns the later ones are left out.
     """
-    options = {"block": block, "scale": scale, "alpha": alpha}
-    limits = {"sink": sink, "capacity": capacity}
     if backend_for(q.device) == "naive":
-        return naive.select_columns(q, k, row_order, key_order, key_end, **options, **limits)
-    from mmserve.kernels.pattern_index import triton
+        select = naive.select_columns
+    else:
+        from mmserve.kernels.pattern_index.blocks import triton
 
-    return triton.select_columns(q, k, row_order, key_order, key_end, **options, **limits)
+        select = triton.select_columns
+    return select(
+        q, k, row_order, key_order, key_end,
+        block=block, scale=scale, alpha=alpha, sink=sink, capacity=capacity,
+    )  # fmt: skip

@@ -121,8 +121,11 @@ def saliency(
     """As `saliency.saliency`; q and k may be parts of a fused projection."""
     config = config or Config()
     tokens, heads, d = q.shape
-    assert q.shape == k.shape and q.stride(2) == k.stride(2) == 1 and d <= 256, "q and k are alike"
-    assert begins.dtype == torch.int32 and begins.is_contiguous(), "begins are int32"
+    assert q.shape == k.shape, "q and k are alike"
+    assert q.stride(2) == k.stride(2) == 1, "q and k are alike"
+    assert d <= 256, "q and k are alike"
+    assert begins.dtype == torch.int32, "begins are int32"
+    assert begins.is_contiguous(), "begins are int32"
     lse, sums = (torch.empty(heads, tokens, device=q.device, dtype=torch.float32) for _ in range(2))
     pictures = len(begins) - 1
     if tokens == 0 or pictures == 0:

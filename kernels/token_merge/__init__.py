@@ -16,7 +16,7 @@ __all__ = ["Clusters", "cluster_tokens", "frame_cosine", "merge_weights", "run_l
 
 
 def frame_cosine(x: Tensor, clips: Tensor, *, max_tokens: int) -> Tensor:
-    """Cosine of each token x [N, D] with the one at its position in the next frame: fp32 [N], -inf in the last.
+    """Cosine of each token x [N, D] with its position in the next frame: fp32 [N], -inf in the last.
 
     clips int32 [clips, 3]: first token, frames, tokens of a frame. No clip has more than max_tokens tokens;
     every token belongs to one clip.
@@ -41,14 +41,12 @@ def run_lengths(cosine: Tensor, clips: Tensor, *, tau: float, max_width: int) ->
     return triton.run_lengths(cosine, clips, tau=tau, max_width=max_width)
 
 
-def cluster_tokens(
-    x: Tensor, begins: Tensor, counts: Tensor, *, neighbours: int, max_size: int
-) -> Clusters:
+def cluster_tokens(x: Tensor, begins: Tensor, counts: Tensor, *, neighbours: int, max_size: int) -> Clusters:
     """DPC-KNN: reduce each group of tokens x [N, D] to counts int32 [G] clusters, from 1 to its size.
 
-    Group g is the tokens begins[g] to begins[g + 1], int32 [G + 1], at most max_size, and may be empty. The distance is
-    Euclidean over the square root of D, the density the mean over min(neighbours, count) tokens, itself
-    included. Equal densities, scores and distances are decided by index.
+    Group g is the tokens begins[g] to begins[g + 1], int32 [G + 1], at most max_size, and may be empty. The
+    distance is Euclidean over the square root of D, the density the mean over min(neighbours, count) tokens,
+    itself included. Equal densities, scores and distances are decided by index.
     """
     if backend_for(x.device) == "naive":
         return naive.cluster_tokens(x, begins, counts, neighbours=neighbours)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ def cluster_tokens(x: Tensor, begins: Tensor, counts: Tensor, *, neighbours: int
     """As `token_merge.cluster_tokens`."""
     rank, cluster = (torch.zeros(len(x), dtype=torch.int32, device=x.device) for _ in range(2))
     ends = begins.tolist()
-    for first, last, count in zip(ends, ends[1:], counts.tolist(), strict=False):
+    for first, last, count in zip(ends[:-1], ends[1:], counts.tolist(), strict=True):
         if first < last:
             group = slice(first, last)
             rank[group], cluster[group] = _cluster(x[group].float(), count, neighbours)
@@ -51,7 +52,7 @@ def merge_weights(clusters: Clusters, begins: Tensor, weights: Tensor, *, beta: 
     """As `token_merge.merge_weights`."""
     shares = torch.zeros_like(weights)
     ends = begins.tolist()
-    for first, last in zip(ends, ends[1:], strict=False):
+    for first, last in pairwise(ends):
         rank, cluster = (part[first:last].long() for part in clusters)
         loose = torch.where(rank == cluster, 0.0, weights[first:last])
         totals = torch.zeros(last - first, device=weights.device).index_add_(0, cluster, loose)[cluster]
@@ -64,7 +65,7 @@ def scatter_merge(x: Tensor, begins: Tensor, cluster: Tensor, shares: Tensor, *,
     """As `token_merge.scatter_merge`, but fp32."""
     merged = torch.zeros(len(begins) - 1, max_count, x.shape[1], device=x.device)
     ends = begins.tolist()
-    for group, (first, last) in enumerate(zip(ends, ends[1:], strict=False)):
+    for group, (first, last) in enumerate(pairwise(ends)):
         rows = x[first:last].float() * shares[first:last, None]
         merged[group].index_add_(0, cluster[first:last].long(), rows)
     return merged

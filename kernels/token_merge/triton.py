@@ -1,4 +1,4 @@
-"""Token merging on a GPU, over time: clips, and their clusters' merge. Knows nothing about budgets or models."""
+"""Token merging on a GPU: runs over time, and the merge. Knows nothing about budgets or models."""
 
 from __future__ import annotations
 
@@ -117,7 +117,8 @@ def frame_cosine(x: Tensor, clips: Tensor, *, max_tokens: int) -> Tensor:
 
 def run_lengths(cosine: Tensor, clips: Tensor, *, tau: float, max_width: int) -> Tensor:
     """As `token_merge.run_lengths`; cosine and clips are contiguous."""
-    assert cosine.is_contiguous() and cosine.dtype == torch.float32, "cosines are fp32"
+    assert cosine.is_contiguous(), "cosines are fp32"
+    assert cosine.dtype == torch.float32, "cosines are fp32"
     _check_clips(clips)
     runs = torch.empty(cosine.shape, dtype=torch.int32, device=cosine.device)
     if cosine.numel():
@@ -130,8 +131,10 @@ def run_lengths(cosine: Tensor, clips: Tensor, *, tau: float, max_width: int) ->
 def scatter_merge(x: Tensor, begins: Tensor, cluster: Tensor, shares: Tensor, *, max_count: int) -> Tensor:
     """As `token_merge.scatter_merge`; all tensors are contiguous."""
     d = x.shape[1]
-    assert x.is_contiguous() and cluster.shape == shares.shape == x.shape[:1], "one cluster and share a token"
-    assert begins.dtype == cluster.dtype == torch.int32 and shares.dtype == torch.float32, "int32 and fp32"
+    assert x.is_contiguous(), "one cluster and share a token"
+    assert cluster.shape == shares.shape == x.shape[:1], "one cluster and share a token"
+    assert begins.dtype == cluster.dtype == torch.int32, "int32 and fp32"
+    assert shares.dtype == torch.float32, "int32 and fp32"
     merged = torch.empty(len(begins) - 1, max_count, d, dtype=x.dtype, device=x.device)
     block_d = max(16, min(BLOCK_CHANNELS, triton.next_power_of_2(d)))
     if merged.numel():
@@ -144,4 +147,6 @@ def scatter_merge(x: Tensor, begins: Tensor, cluster: Tensor, shares: Tensor, *,
 
 
 def _check_clips(clips: Tensor) -> None:
-    assert clips.dtype == torch.int32 and clips.is_contiguous() and clips.shape[1] == 3, "clips are int32 [n, 3]"
+    assert clips.dtype == torch.int32, "int32 [clips, 3]"
+    assert clips.is_contiguous(), "int32 [clips, 3]"
+    assert clips.shape[1] == 3, "int32 [clips, 3]"

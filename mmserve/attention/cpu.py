@@ -115,7 +115,8 @@ def _joined(sequences: list[Runs]) -> _JoinedRuns:
     counts = [len(runs.first) for runs in sequences for _ in range(runs.first.shape[2])]
     begin = np.concatenate([[0], np.cumsum(counts)])
     arrays = np.concatenate(first, axis=1), np.concatenate(length, axis=1), begin
-    return _JoinedRuns(*map(torch.from_numpy, arrays))
+    # with one KV head what is concatenated is a transposed view, and so is the result
+    return _JoinedRuns(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
 
 
 @lru_cache(maxsize=4)

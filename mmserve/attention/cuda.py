@@ -17,10 +17,12 @@ from torch import Tensor
 
 from mmserve.attention.paged import PagedAttention, SequenceRows
 from mmserve.kernels.dispatch import backend_for
+from mmserve.kernels.norm_rope import rope_append
 from mmserve.kernels.paged_decode import naive_pages
 from mmserve.kernels.prefill_attention import AttentionIndex, dense_index, prefill_attention
 from mmserve.kv.store import PageStore
 from mmserve.kv.table import IntArray, PageTable
+from mmserve.models.fused import Rotation
 
 # page tables grow by so many rows and pages: the part of every layer is aligned, and few kernels are compiled
 ROW_STEP, PAGE_STEP = 4, 16
@@ -56,6 +58,17 @@ class HeadTables(NamedTuple):
         return tables
 
 
+def append(qkv: Tensor, rotation: Rotation, slots: Tensor, store: PageStore) -> Tensor:
+    """Rotated queries [N, Hq, d] of products qkv [N, Hq + 2 * Hkv, d]; keys and values go into their pages.
+
+    slots int64 [Hkv, N]; those below 0 are not written.
+    """
+    positions, frequencies, q_weight, k_weight, eps = rotation
+    return rope_append(
+        qkv, positions, frequencies, slots, store.k, store.v, q_weight=q_weight, k_weight=k_weight, eps=eps
+    )
+
+
 def decode_attention(q: Tensor, store: PageStore, pages: Tensor, lengths: Tensor) -> Tensor:
     """Outputs of one row per sequence q [B, Hq, d], whose own K and V are written already.
 
@@ -85,7 +98,7 @@ class CudaAttention(PagedAttention):
         batch = sorted(batch, key=lambda rows: rows.start)
         super().__init__(table, store, batch, observe)
         device = store.k.device
-        self._slots = to_device(self._new_slots.transpose(0, 2, 1), device)  # [layers, N, kv_heads]
+        self._slots = to_device(self._new_slots, device)  # [layers, kv_heads, N]
         self._observe = {
             name: to_device(np.array(rows, np.int64), device) for name, rows in (observe or {}).items()
         }
@@ -101,10 +114,17 @@ class CudaAttention(PagedAttention):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.dtype is not self._store.k.dtype:
             return super().attend(layer, q, k, v)
-        self._store.write(self._slots[layer], k, v)
+        self._store.write(self._slots[layer], k.transpose(0, 1), v.transpose(0, 1))
+        return self._outputs(layer, q.contiguous())
+
+    def attend_products(self, layer: int, qkv: Tensor, rotation: Rotation) -> Tensor:
+        """As `attend`, of what the layer's products are before they are rotated; see `models.fused`."""
+        return self._outputs(layer, append(qkv, rotation, self._slots[layer], self._store))
+
+    def _outputs(self, layer: int, q: Tensor) -> Tensor:
         for name, rows in self._observe.items():
             self.observed[name].append(q.index_select(0, rows))
-        q, singles, parts = q.contiguous(), self._singles, []
+        singles, parts = self._singles, []
         if singles:
             pages, lengths = self._pages[layer, :singles], self._lengths[layer, :singles]
             parts.append(decode_attention(q[:singles], self._store, pages, lengths))

@@ -21,6 +21,7 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from mmserve.encoders.attention import NAME as ATTENTION
 from mmserve.encoders.base import Encoded, EncodedImage
+from mmserve.errors import ConfigError
 
 FRAMES_PER_BATCH = {"cpu": 2, "cuda": 8}  # on a CPU, more fall out of its caches
 
@@ -35,6 +36,8 @@ class SiglipEncoder(nn.Module):
         total = config.vision_config.num_hidden_layers + 1  # states: the embeddings, then one per layer
         # how many layers stand before each chosen state
         self.depths = [depth % total for depth in (chosen if isinstance(chosen, list) else [chosen])]
+        if max(self.depths) == 0:
+            raise ConfigError("Expected vision_feature_layer to name a layer, but got the embeddings alone")
         vision = type(config.vision_config).from_dict(
             config.vision_config.to_dict() | {"num_hidden_layers": max(self.depths), "vision_use_head": False}
         )

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmserve.attention.cuda import PAGE_STEP, ROW_STEP, decode_attention
+from mmserve.attention.cuda import PAGE_STEP, ROW_STEP, append, decode_attention
 from mmserve.kv.store import PageStore
 from mmserve.kv.table import IntArray, PageTable
 from mmserve.models.decoder import TextDecoder
+from mmserve.models.fused import Rotation, fused_forward
 
 MAX_ROWS = 64
 
@@ -38,12 +39,11 @@ class Size(NamedTuple):
 class StepInputs:
     """The inputs of one captured step: int32, filled on the host, then copied to where the step reads them.
 
-    Rows that no sequence has are padding: each reads and writes the first slot of the scratch page.
+    Rows that no sequence has are padding: they have no slots, so they read and write none.
     """
 
     def __init__(self, table: PageTable, store: PageStore, size: Size) -> None:
-        self._table, self._scratch = table, store.scratch_page
-        device = store.k.device
+        self._table, device = table, store.k.device
         layers, heads = table.layers, table.kv_heads
         rows = max(size.rows, ROW_STEP)
         shapes = ((layers, rows, heads, size.pages), (layers, rows, heads), (rows,), (rows,))
@@ -59,7 +59,7 @@ class StepInputs:
         self._host_pages, self._host_lengths, self._host_tokens, self._host_positions = arrays
         self.pages, self.lengths = there[0][:, : size.rows], there[1][:, : size.rows]
         self.tokens, self.positions = there[2][: size.rows], there[3][: size.rows]
-        self._versions: list[int | None] = [-1] * size.rows  # of the pages in each row, None for padding
+        self._versions: list[int | None] = [None] * size.rows  # of the pages in each row
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
 
     def fill(self, sequences: Sequence[str], tokens: Sequence[int], positions: IntArray) -> None:
@@ -69,7 +69,7 @@ class StepInputs:
         count = len(sequences)
         self._host_tokens[:count], self._host_tokens[count:] = tokens, 0
         self._host_positions[:count], self._host_positions[count:] = positions, 0
-        self._host_lengths[:, count:] = 1
+        self._host_lengths[:, count:] = 0
         for row, name in enumerate(sequences):
             self._host_lengths[:, row] = self._table.lengths(name)
         if self._turn_pages(sequences):
@@ -81,23 +81,21 @@ class StepInputs:
 
     def _turn_pages(self, sequences: Sequence[str]) -> bool:
         """Whether pages differ from those of the step before; they rarely do, and are most of the bytes."""
-        versions: list[int | None] = [self._table.version(name) for name in sequences]
-        versions += [None] * (len(self._versions) - len(versions))
-        for row, (version, known) in enumerate(zip(versions, self._versions, strict=True)):
-            if version is None and known is not None:
-                self._host_pages[:, row, :, 0] = self._scratch
-            elif version != known:
-                pages = self._table.pages(sequences[row])
+        differ = False
+        for row, name in enumerate(sequences):
+            version = self._table.version(name)
+            if version != self._versions[row]:
+                pages = self._table.pages(name)
                 self._host_pages[:, row, :, : pages.shape[2]] = pages
-        differ, self._versions = versions != self._versions, versions
+                self._versions[row], differ = version, True
         return differ
 
     def slots(self) -> Tensor:
-        """Where each row's own K and V go: its last slot in every head, int64 [layers, rows, kv_heads]."""
-        page_size, last = self._table.page_size, self.lengths - 1
-        pages: Tensor = self.pages.gather(3, (last // page_size).long()[..., None])[..., 0]
-        slots: Tensor = pages.long() * page_size + last % page_size
-        return slots
+        """Where each row's own K and V go: its last slot in every head, int64 [layers, kv_heads, rows]."""
+        page_size, last = self._table.page_size, self.lengths.long() - 1
+        pages = self.pages.gather(3, (last // page_size).clamp(min=0)[..., None])[..., 0]
+        slots = torch.where(last < 0, -1, pages * page_size + last % page_size)
+        return slots.transpose(1, 2).contiguous()
 
 
 class GraphPool:
@@ -153,14 +151,13 @@ class DecodeGraphs:
 
     def _step(self, inputs: StepInputs) -> Tensor:
         """To run it twice on the same inputs is to run it once."""
-        slots, store = inputs.slots(), self._store
+        slots, decoder, store = inputs.slots(), self._decoder, self._store
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            store.write(slots[layer], k, v)
-            return decode_attention(q.contiguous(), store, inputs.pages[layer], inputs.lengths[layer])
+        def attend(layer: int, qkv: Tensor, rotation: Rotation) -> Tensor:
+            q = append(qkv, rotation, slots[layer], store)
+            return decode_attention(q, store, inputs.pages[layer], inputs.lengths[layer])
 
-        decoder = self._decoder
-        hidden = decoder(decoder.embed(inputs.tokens), inputs.positions, attend)
+        hidden = fused_forward(decoder, decoder.embed(inputs.tokens), inputs.positions, attend)
         return decoder.logits(hidden)
 
 

@@ -15,16 +15,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmserve.attention.backend import attention_for
-from mmserve.attention.cuda import to_device
+from mmserve.attention.cuda import CudaAttention, to_device
 from mmserve.attention.paged import PagedAttention, SequenceRows
 from mmserve.engine.graphs import MAX_ROWS, DecodeGraphs
 from mmserve.engine.scheduler import Plan
+from mmserve.kernels.dispatch import backend_for
 from mmserve.kv.base import KVPolicy, LayerView
 from mmserve.kv.identity import Identity
 from mmserve.kv.prefix import PrefixCache
 from mmserve.kv.store import KVExport, PageStore
 from mmserve.kv.table import PageTable
 from mmserve.models.decoder import TextDecoder
+from mmserve.models.fused import fused_forward
 
 MAX_OBSERVED = 64  # text queries after the last visual token that KV policies see
 
@@ -80,7 +82,7 @@ class StepResult(NamedTuple):
 
     names: tuple[str, ...]
     logits: Tensor  # [names, V]
-    prompt_logits: dict[str, Tensor]  # of a chunk's rows [rows, V], for prompts that want them
+    prompt_hidden: dict[str, Tensor]  # of a chunk's rows [rows, D], for prompts that want their logits
 
 
 class _Batch(NamedTuple):
@@ -105,8 +107,9 @@ class Runner:
         self.prefix = PrefixCache(table, table.num_pages, store.page_bytes)
         self.device = device
         self.prompts: dict[str, PromptRows] = {}
-        # steps of decodes alone, where a launch costs more than what it does
-        self.graphs = DecodeGraphs(decoder, table, store) if device.type == "cuda" else None
+        # for steps of decodes alone, where a launch costs more than what it does
+        can_capture = device.type == "cuda" and backend_for(device) == "triton"
+        self.graphs = DecodeGraphs(decoder, table, store) if can_capture else None
         self.attention = attention_for(device)
 
     # pages
@@ -115,6 +118,12 @@ class Runner:
     def available_pages(self) -> int:
         """Pages that are free, or only remembered."""
         return self.table.free_pages + self.prefix.evictable_pages
+
+    def pages_freed_by(self, sequence: str) -> int:
+        """Pages that no other sequence holds: without this one they are free, or only remembered."""
+        pages = self.table.pages(sequence)
+        pages = pages[pages >= 0]
+        return int((self.table.owners(pages) - self.prefix.holds(pages) == 1).sum())
 
     def cached(self, identity: Identity | None, most: int) -> tuple[int, int]:
         """Leading rows whose KV is there, `most` at most, and those of its pages that are in use anyway."""
@@ -169,8 +178,11 @@ class Runner:
             return StepResult(plan.decodes, self.graphs.run(plan.decodes, batch.tokens, positions), {})
         attention = self.attention(self.table, self.store, batch.rows, batch.observe)
         decoding = [self.embed(batch.tokens)] if batch.tokens else []
-        rows = torch.cat([*decoding, *batch.pieces])
-        hidden = self.decoder(rows, to_device(positions, self.device), attention.attend)
+        rows, where = torch.cat([*decoding, *batch.pieces]), to_device(positions, self.device)
+        if isinstance(attention, CudaAttention):
+            hidden = fused_forward(self.decoder, rows, where, attention.attend_products)
+        else:
+            hidden = self.decoder(rows, where, attention.attend)
         return self._result(plan, batch, hidden, attention)
 
     def _batch(self, plan: Plan, decodes: dict[str, DecodeRow]) -> _Batch:
@@ -198,10 +210,15 @@ class Runner:
             start = stop
         return batch
 
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """fp32 scores [n, V] of hidden states [n, D]."""
+        return self.decoder.logits(hidden)
+
     def _result(self, plan: Plan, batch: _Batch, hidden: Tensor, attention: PagedAttention) -> StepResult:
         where = {rows.sequence: rows for rows in batch.rows}
         finished = list(plan.decodes)
-        prompt_logits = {}
+        prompt_hidden = {}
         for chunk in plan.chunks:
             prompt = self.prompts[chunk.sequence]
             prompt.done = chunk.stop
@@ -211,13 +228,13 @@ class Runner:
                 finished.append(chunk.sequence)
             if prompt.wants_logits:
                 rows = where[chunk.sequence]
-                prompt_logits[chunk.sequence] = self.decoder.logits(hidden[rows.start : rows.stop])
+                prompt_hidden[chunk.sequence] = hidden[rows.start : rows.stop]
         if finished:
             last = np.array([where[name].stop - 1 for name in finished])
             logits = self.decoder.logits(hidden.index_select(0, to_device(last, self.device)))
         else:
             logits = hidden.new_empty(0, self.decoder.config.vocab_size, dtype=torch.float32)
-        return StepResult(tuple(finished), logits, prompt_logits)
+        return StepResult(tuple(finished), logits, prompt_hidden)
 
     # the end of a prompt
 

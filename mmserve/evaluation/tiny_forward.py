@@ -1,4 +1,4 @@
-"""The language model of `tiny` over one training row, with attention as sparse as its mask.
+"""The language model of `tiny` over training rows, with attention as sparse as its mask.
 
 Computes what transformers' Qwen2 computes with the masks of `carriers` and of the row's branches, without
 ever making the square of a long context. Knows nothing about losses.
@@ -6,6 +6,7 @@ ever making the square of a long context. Knows nothing about losses.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -84,15 +85,21 @@ def embed_row(row: Row, table: Tensor, newline: Tensor) -> Tensor:
     return embedded.index_copy(0, row.newline_at, lines)[None]
 
 
-def row_states(language: Qwen2Model, embedded: Tensor, row: Row, *, carriers: bool) -> list[Tensor]:
-    """Hidden states [1, S, D] after each layer, the last one normalised."""
-    attend = RowAttention(row, carriers=carriers)
+def row_states(
+    language: Qwen2Model, embedded: Sequence[Tensor], rows: Sequence[Row], *, carriers: Sequence[bool]
+) -> list[list[Tensor]]:
+    """Of each row, the hidden states [1, S, D] after each layer, the last one normalised.
+
+    The rows go through every matrix together, since most are too short to keep one busy.
+    """
+    attends = [RowAttention(row, carriers=carried) for row, carried in zip(rows, carriers, strict=True)]
+    lengths = [len(row.tokens) for row in rows]
     config = language.config
     heads, pairs, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    cosine, sine = language.rotary_emb(embedded, row.positions[None])
+    hidden, states = torch.cat(list(embedded), 1), []
+    cosine, sine = language.rotary_emb(hidden, torch.cat([row.positions for row in rows])[None])
     cosine, sine = cosine[:, None], sine[:, None]
-    hidden, states = embedded, []
-    length = embedded.shape[1]
+    length = hidden.shape[1]
     for layer in cast(list[Qwen2DecoderLayer], language.layers):
         attention, mlp = layer.self_attn, layer.mlp
         inner = _norm(hidden, layer.input_layernorm)
@@ -102,13 +109,15 @@ def row_states(language: Qwen2Model, embedded: Tensor, row: Row, *, carriers: bo
         query, key = _rotate(query, cosine, sine), _rotate(key, cosine, sine)
         key = key.repeat_interleave(heads // pairs, 1)
         value = value.repeat_interleave(heads // pairs, 1)
-        mixed = attend(query, key, value).transpose(1, 2).reshape(1, length, heads * size)
+        parts = zip(attends, *(part.split(lengths, 2) for part in (query, key, value)), strict=True)
+        mixed = torch.cat([attend(*part) for attend, *part in parts], 2)
+        mixed = mixed.transpose(1, 2).reshape(1, length, heads * size)
         hidden = hidden + attention.o_proj(mixed)
         inner = _norm(hidden, layer.post_attention_layernorm)
         hidden = hidden + mlp.down_proj(functional.silu(mlp.gate_proj(inner)) * mlp.up_proj(inner))
         states.append(hidden)
     states[-1] = _norm(hidden, language.norm)
-    return states
+    return [list(of_row) for of_row in zip(*(state.split(lengths, 1) for state in states), strict=True)]
 
 
 def _norm(hidden: Tensor, norm: Qwen2RMSNorm) -> Tensor:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from mmserve.evaluation.suites import Example, Verdict, examples, frames_seen, seen
+from mmserve.evaluation.suites import SUITES, Example, Verdict, examples, frames_seen, seen
 from mmserve.evaluation.tiny_forward import embed_row, row_states
 from mmserve.evaluation.tiny_pools import embed_clip
 from mmserve.evaluation.tiny_rows import Row, RowBuilder, TinyTokenizer
@@ -47,7 +47,7 @@ def answered(model: LlavaOnevisionForConditionalGeneration, row: Row, *, carrier
     inner = model.model
     table = inner.get_input_embeddings().weight
     embedded = embed_row(row, table, inner.image_newline)
-    states = row_states(inner.language_model, embedded, row, carriers=carriers)
+    (states,) = row_states(inner.language_model, [embedded], [row], carriers=[carriers])
     guesses = (states[-1][0, row.asked_at] @ table.T).argmax(-1)
     return bool((guesses == row.wanted).all())
 
@@ -75,3 +75,16 @@ def score_suite(
         )
         for example in islice(examples(suite, seed), limit)
     ]
+
+
+def accuracies(
+    model: LlavaOnevisionForConditionalGeneration, tokenizer: TinyTokenizer, *, seed: int, limit: int
+) -> dict[str, float]:
+    """Share of right answers on every suite, with the whole prompt and (+) from carriers alone."""
+    found = {}
+    for suite in SUITES:
+        for carriers in (False, True):
+            verdicts = score_suite(model, tokenizer, suite, seed=seed, limit=limit, carriers=carriers)
+            right = sum(verdict.right for verdict in verdicts)
+            found[suite + ("+" if carriers else "")] = round(right / limit, 3)
+    return found

@@ -42,6 +42,7 @@ from mmserve.evaluation.train_phases import Phase
 from mmserve.evaluation.train_steps import decayed, schedule
 
 ITEMS = 6  # of a mixed prompt, at most
+TOGETHER = 3000  # tokens that go through the model at once
 
 
 class Probe(nn.Module):
@@ -91,6 +92,17 @@ class Ordered:
     items: list[Item]
     carriers: bool
     tokens: list[Tensor] = field(default_factory=list)
+
+
+def _together(lengths: list[int]) -> list[tuple[int, int]]:
+    """Ranges of neighbours that hold at most `TOGETHER` tokens, or one row."""
+    ranges, first, size = [], 0, 0
+    for index, length in enumerate(lengths):
+        if index > first and size + length > TOGETHER:
+            ranges.append((first, index))
+            first, size = index, 0
+        size += length
+    return [*ranges, (first, len(lengths))]
 
 
 def still(rng: np.random.Generator, item: Item) -> Item:
@@ -173,7 +185,7 @@ class Curriculum:
                 elif rng.random() < 0.08:
                     items = [pools.draw("image", rng)]
                 else:
-                    size = int(rng.integers(2, phase.longest_mix + 1))
+                    size = int(rng.integers(2, phase.longest_mix + 1, 2).min())  # short ones teach as well
                     items = [pools.draw("clip" if rng.random() < 0.5 else "image", rng) for _ in range(size)]
                 ordered.append(Ordered(kind, items, carriers))
         return ordered
@@ -209,8 +221,8 @@ class Curriculum:
         rows = [self._build(order, rng) for order in ordered]
         total = sum(float(row.weights.sum()) for row in rows)
         losses = []
-        for order, row in zip(ordered, rows, strict=True):
-            losses.append(self._row_loss(order, row, total, len(rows)))
+        for first, last in _together([len(row.tokens) for row in rows]):
+            losses += self._losses(ordered[first:last], rows[first:last], total, len(rows))
         if leaves:
             outputs = [output for output, leaf in leaves if leaf.grad is not None]
             grads = [leaf.grad for _, leaf in leaves if leaf.grad is not None]
@@ -220,31 +232,42 @@ class Curriculum:
         optimiser.step()
         return losses
 
-    def _row_loss(self, order: Ordered, row: Row, total: float, rows: int) -> tuple[str, float, float, float]:
+    def _losses(
+        self, ordered: list[Ordered], rows: list[Row], total: float, count: int
+    ) -> list[tuple[str, float, float, float]]:
+        """Gradients of some of a step's rows; `total` weight and `count` are of all its rows."""
         inner = self.model.model
+        table = inner.get_input_embeddings().weight
         with torch.autocast("cpu", torch.bfloat16):
-            embedded = embed_row(row, inner.get_input_embeddings().weight, inner.image_newline)
-            states = row_states(inner.language_model, embedded, row, carriers=order.carriers)
-        logits = states[-1][0, row.asked_at].float() @ inner.get_input_embeddings().weight.T
-        losses = functional.cross_entropy(logits, row.wanted, reduction="none")
-        answers = (losses * row.weights).sum()
-        loss = answers / total
-        with torch.autocast("cpu", torch.bfloat16):
-            if order.kind == "mixed":
-                probed = self.probe.item_loss(states, row)
-            else:
-                probed = self.probe.loss(states, row, frame_labels(order.items[0].scene))
-            named = self.probe.name_loss(states, row)
-        loss = loss + 0.5 * named / rows
-        loss = loss + (0.8 if order.carriers or order.kind == "mixed" else 0.25) * probed / rows
+            states = row_states(
+                inner.language_model,
+                [embed_row(row, table, inner.image_newline) for row in rows],
+                rows,
+                carriers=[order.carriers for order in ordered],
+            )
+        logits = torch.cat(
+            [of_row[-1][0, row.asked_at] for of_row, row in zip(states, rows, strict=True)]
+        ).float()
+        wanted = torch.cat([row.wanted for row in rows])
+        answers = functional.cross_entropy(logits @ table.T, wanted, reduction="none")
+        loss = torch.zeros(())
+        losses = []
+        parts = answers.split([len(row.wanted) for row in rows])
+        for order, row, of_row, part in zip(ordered, rows, states, parts, strict=True):
+            probed = torch.zeros(())
+            with torch.autocast("cpu", torch.bfloat16):
+                named = self.probe.name_loss(of_row, row)
+                if order.kind == "mixed":
+                    probed = self.probe.item_loss(of_row, row)
+                elif order.carriers:  # elsewhere a frame's last token is one of many
+                    probed = self.probe.loss(of_row, row, frame_labels(order.items[0].scene))
+            right = (part * row.weights).sum()
+            loss = loss + right / total + (0.5 * named + 0.8 * probed) / count
+            name = order.kind + ("+" if order.carriers else "")
+            mean = float(right.detach() / row.weights.sum())
+            losses.append((name, mean, float(probed.detach()), float(named.detach())))
         loss.backward()
-        name = order.kind + ("+" if order.carriers else "")
-        return (
-            name,
-            float(answers.detach() / row.weights.sum()),
-            float(probed.detach()),
-            float(named.detach()),
-        )
+        return losses
 
     def _see(self, ordered: list[Ordered]) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """Tokens of all media with the tower in training.

@@ -48,10 +48,10 @@ JOINT = Phase(
 )
 LONG = Phase(
     name="long",
-    steps=1000,
+    steps=2500,
     peak=4e-4,
-    menu={"clip": 4, "still": 8, "varied": 0.7, "long": 0.45, "stream": 0.4, "mixed": 2},
-    carriers={"clip": 0.6, "still": 1.0, "varied": 0.6, "long": 0.6, "stream": 0.4, "mixed": 0.1},
+    menu={"clip": 6, "still": 6, "varied": 0.8, "long": 0.45, "stream": 0.3, "mixed": 3},
+    carriers={"clip": 0.45, "still": 1.0, "varied": 0.4, "long": 0.5, "stream": 0.3, "mixed": 0.05},
     supplies={
         "clip": Supply(32, 8, 24),
         "image": Supply(16, 16, 16),

@@ -15,9 +15,12 @@ import torch
 
 from mmserve.evaluation.checkpoint import load_state, save_state
 from mmserve.evaluation.tiny_model import DRAFT, TINY, Geometry, build_config, build_model, build_tokenizer
+from mmserve.evaluation.tiny_score import accuracies
 from mmserve.evaluation.train_curriculum import Curriculum
 from mmserve.evaluation.train_phases import DRAFT_PHASES, TINY_PHASES, Phase
 from mmserve.evaluation.train_tower import TowerTask, share_embeddings_of_words, train_tower
+
+VALIDATION_SEED = 9  # of the suites, for the log alone; the model card has another
 
 
 def train(
@@ -38,6 +41,8 @@ def train(
         save_state(tower, model, None, tower_steps)
     for phase in phases:
         curriculum.train(phase)
+        scores = accuracies(model, curriculum.words, seed=VALIDATION_SEED, limit=96)
+        curriculum.log(phase.name, phase.steps, **scores)
     curriculum.save(run / "checkpoint")
 
 

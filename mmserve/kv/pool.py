@@ -55,6 +55,10 @@ class PagePool:
             self.free += len(gone)
             self._add(*_extents(gone))
 
+    def owners(self, pages: Pages) -> NDArray[np.int32]:
+        """How many own each page."""
+        return self._refcount[pages]
+
     def is_unshared(self, pages: Pages) -> NDArray[np.bool_]:
         """Which of these held pages have a single owner."""
         unshared: NDArray[np.bool_] = self._refcount[pages] == 1

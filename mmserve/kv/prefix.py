@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmserve.kv.identity import Identity, orders_of, positions_of
 from mmserve.kv.pool import Pages
@@ -44,6 +45,7 @@ class PrefixCache:
         self._blocks: OrderedDict[bytes, _Block] = OrderedDict()  # oldest first
         self._rows: list[_Block] = []  # the block of each row of `_pages`
         self._pages: Pages = np.zeros((self._max_blocks, table.layers, table.kv_heads), np.int32)
+        self._is_held = np.zeros(table.num_pages, np.bool_)
         self.queries = 0
         self.hits = 0
         self.hit_slots = 0
@@ -66,6 +68,11 @@ class PrefixCache:
     def pages(self) -> Pages:
         """All pages held, [blocks, layers, kv_heads]."""
         return self._pages[: len(self._rows)]
+
+    def holds(self, pages: Pages) -> NDArray[np.bool_]:
+        """Which of these pages the cache holds a share of."""
+        held: NDArray[np.bool_] = self._is_held[pages]
+        return held
 
     def match(self, identity: Identity, limit_slots: int) -> int:
         """Slots of the longest cached prefix, whole pages and at most `limit_slots`."""
@@ -121,6 +128,7 @@ class PrefixCache:
             blocks.append(block)
         pages = self._table.share(sequence, known, len(blocks) - known)
         self._pages[len(self._rows) - pages.shape[2] : len(self._rows)] = np.moveaxis(pages, 2, 0)
+        self._is_held[pages] = True
         self._touch(blocks)
 
     def evict(self, pages: int) -> int:
@@ -163,6 +171,7 @@ class PrefixCache:
     def clear(self) -> None:
         """Forget everything; this counts as no eviction."""
         self._table.drop(self.pages)
+        self._is_held[:] = False
         self._blocks.clear()
         self._rows.clear()
 
@@ -199,7 +208,9 @@ class PrefixCache:
 
     def _remove(self, blocks: list[_Block]) -> None:
         """Forget blocks and drop their pages; their children are among them."""
-        self._table.drop(self._pages[[block.row for block in blocks]])
+        pages = self._pages[[block.row for block in blocks]]
+        self._table.drop(pages)
+        self._is_held[pages] = False
         for block in blocks:
             del self._blocks[block.key]
             # the last row fills the gap

@@ -17,6 +17,8 @@ from mmserve.errors import WireError
 from mmserve.kv.table import IntArray, PageTable, SlotArray, Turns
 from mmserve.models.rope import rope_angles, rotate
 
+CACHE_LINE = 64  # bytes
+
 
 def num_pages_for(memory_bytes: int, *, page_size: int, head_dim: int, dtype: torch.dtype) -> int:
     """How many pages (K and V of `page_size` slots of one head) fit into this much memory."""
@@ -35,10 +37,7 @@ class KVExport:
 
 
 class PageStore:
-    """K and V of a pool of pages, each [num_pages + 1, page_size, head_dim]. Slots are int64 of any shape.
-
-    No table hands out the last page, `scratch_page`: rows that only fill up a batch use it.
-    """
+    """K and V of a pool of pages, each [num_pages, page_size, head_dim]. Slots are int64 of any shape."""
 
     def __init__(
         self,
@@ -49,8 +48,7 @@ class PageStore:
         device: str = "cpu",
     ) -> None:
         self.page_size = page_size
-        self.scratch_page = num_pages
-        shape = (num_pages + 1, page_size, head_dim)
+        shape = (num_pages, page_size, head_dim)
         self.k, self.v = _zeros(shape, dtype, device), _zeros(shape, dtype, device)
 
     @property
@@ -129,5 +127,7 @@ def _zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> Tens
     """
     if device != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    memory = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
-    return torch.from_numpy(memory).view(dtype).view(shape)
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(size + CACHE_LINE, np.uint8)
+    start = -memory.ctypes.data % CACHE_LINE
+    return torch.from_numpy(memory[start : start + size]).view(dtype).view(shape)

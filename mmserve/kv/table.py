@@ -79,9 +79,9 @@ class PageTable:
     def num_sequences(self) -> int:
         return len(self._sequences)
 
-    def owned_pages(self, sequence: str) -> int:
-        """Pages of a sequence, shared or not, over all layers and heads."""
-        return int(self._sequences[sequence].owned.sum())
+    def owners(self, pages: Pages) -> NDArray[np.int32]:
+        """How many sequences and caches hold each of these pages."""
+        return self._pool.owners(pages)
 
     def __contains__(self, sequence: str) -> bool:
         return sequence in self._sequences

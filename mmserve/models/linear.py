@@ -61,6 +61,9 @@ def pack_linears(module: nn.Module) -> None:
     """Pack every `Linear` of a loaded module on the CPU, where this torch has the operations."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return
+    packable = {torch.float32}
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        packable.add(torch.bfloat16)
     for child in module.modules():
-        if isinstance(child, Linear) and child.weight is not None and child.weight.device.type == "cpu":
+        if isinstance(child, Linear) and child.weight.device.type == "cpu" and child.weight.dtype in packable:
             child.pack()

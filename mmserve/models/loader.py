@@ -219,7 +219,8 @@ def _fill(
     for file, names in by_file.items():
         with safe_open(file, framework="pt", device=checkpoint.device) as tensors:
             for name, key in names:
-                found[name] = tensors.get_tensor(key).to(checkpoint.dtype)
+                # a copy: what stays mapped would hold the whole file in memory
+                found[name] = tensors.get_tensor(key).to(checkpoint.dtype, copy=True)
     state: dict[str, Tensor] = {}
     for name, theirs in parts.items():
         pieces = [found.pop(part) for part in theirs if part in found]

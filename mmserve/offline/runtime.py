@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from mmserve.config import ServeConfig
+from mmserve.config import ServeConfig, usable_cores
 from mmserve.conversation import MediaPart
 from mmserve.errors import MMServeError
 from mmserve.generation import Deliver, Generation
@@ -69,7 +69,7 @@ class Runtime:
         configs = worker_configs(config, endpoint, [str(directory) for directory in directories])
         self._thread = threading.Thread(
             target=self._run_here if in_process else self._supervise,
-            args=(_colocated(configs, config.threads) if in_process else configs,),
+            args=(_colocated(configs, config) if in_process else configs,),
             name="mmserve-workers",
             daemon=True,
         )
@@ -171,7 +171,14 @@ class Runtime:
             self.pipeline.report_failure(MMServeError(f"The supervisor failed: {error}"))
 
 
-def _colocated(configs: list[WorkerConfig], threads: int | None) -> list[WorkerConfig]:
-    """One worker with every role and, unless told otherwise, all the cores."""
-    cores = threads or os.cpu_count() or 1
-    return [msgspec.structs.replace(configs[0], name="all-0-0", roles=tuple(Role), threads=cores)]
+def _colocated(configs: list[WorkerConfig], config: ServeConfig) -> list[WorkerConfig]:
+    """One worker with every role, and with all the cores and memory that are given."""
+    return [
+        msgspec.structs.replace(
+            configs[0],
+            name="all-0-0",
+            roles=tuple(Role),
+            threads=config.threads or usable_cores(),
+            gpu_memory_utilization=config.cache.gpu_memory_utilization,
+        )
+    ]

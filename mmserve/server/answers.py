@@ -53,6 +53,7 @@ class Call:
     sampling: SamplingParams
     methods: Methods
     salt: str = ""
+    priority: int = 0  # lower comes earlier
 
 
 class Door:
@@ -85,6 +86,7 @@ class Door:
                 sampling=call.sampling,
                 methods=call.methods,
                 salt=call.salt,
+                priority=call.priority,
             )
             answer.generation.start(prompt, fetch_ms)
         except MMServeError as error:

@@ -19,6 +19,7 @@ from mmserve.server.openai import DONE, Shape, event
 from mmserve.server.schema import ChatRequest, media_options_of, methods_of, parse_body, sampling_of
 from mmserve.server.stream import EventStream, client_gone
 
+MAX_PRIORITY = 1_000_000
 _CLIENT_CLOSED_REQUEST = 499  # for the log: nobody reads it
 
 
@@ -91,11 +92,16 @@ def _call(body: ChatRequest, config: ServeConfig, tenant: str) -> Call:
         )
     if body.cache_salt is not None and not body.cache_salt:
         raise FieldError("cache_salt", "Expected cache_salt to be left out or not empty")
+    priority = body.priority or 0
+    # a client may step back for others, not push them aside
+    if not 0 <= priority <= MAX_PRIORITY:
+        raise FieldError("priority", f"Expected priority of 0 to {MAX_PRIORITY}, but got {priority}")
     return Call(
         conversation=conversation,
         sampling=sampling_of(body, limits),
         methods=methods_of(body, config.methods),
         salt=_salt(tenant, body.cache_salt or ""),
+        priority=priority,
     )
 
 

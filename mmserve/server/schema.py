@@ -47,7 +47,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "echo": (False,),
     "chat_template_kwargs": ({},),
     "mm_processor_kwargs": ({},),
-    "priority": (0,),
 }
 # fields that are parameters of sampling by the same name
 _SAMPLING = (
@@ -130,6 +129,7 @@ class ChatRequest(_Body):
     include_stop_str_in_output: Flag = None
     logprobs: Flag = None
     top_logprobs: Whole = None
+    priority: Whole = None
     cache_salt: Text = None
     media_io_kwargs: Annotated[MediaIoOptions | None, Field(description="an object")] = None
     mmserve: Annotated[OwnOptions | None, Field(description="an object")] = None

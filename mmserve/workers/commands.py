@@ -46,6 +46,7 @@ def decode_from(record: Record) -> m.DecodeFrom:
         next_order=prefilled.next_order,
         next_position=prefilled.next_position,
         lease=record.kv_lease,
+        slots=prefilled.slots,
         prompt_ids=prompt.token_ids if prompt.sampling.repetition_penalty != 1 else (),
         priority=prompt.priority,
     )

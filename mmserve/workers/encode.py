@@ -34,7 +34,7 @@ SEGMENT_FRAMES = 8
 MAX_QUEUED = 32
 MAX_PLANS = 1024
 STEP_BOUND_S = 120.0  # longest silence while one item is encoded
-LEASE_TTL_S = 600.0
+LEASE_TTL_S = 86_400.0  # the dispatcher releases leases; this is for those it forgets
 
 
 @dataclass(slots=True)

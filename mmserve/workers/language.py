@@ -33,7 +33,8 @@ from mmserve.workers.sequences import MAX_RUNNING, Prefill, Prefilled, Sequences
 
 Choice = tuple[int, dict[int, Logprob] | None]
 STEP_BOUND_S = 120.0
-LEASE_TTL_S = 600.0
+LEASE_TTL_S = 86_400.0  # the dispatcher releases leases; this is for those it forgets
+LOGPROB_ROWS = 256
 
 
 class LanguageHandler:
@@ -116,7 +117,7 @@ class LanguageHandler:
             sequences.waiting[command.request_id] = prompt
         elif command.lease is not None:
             sequences.imports[command.request_id] = command
-        elif command.request_id in table:
+        elif sequences.awaits(command):
             sequences.begin_decode(command)
         else:
             raise BadRequest("Expected a prefilled sequence on this worker, but it is not here")
@@ -162,6 +163,7 @@ class LanguageHandler:
         plan = schedule(sequences.state(self._token_budget))
         for name in plan.preempt:
             self._preempt(name)
+        plan = plan._replace(decodes=tuple(filter(self._has_room, plan.decodes)))
         admitted = {name for name in plan.admit if self._admit(sequences.waiting.pop(name))}
         chunks = [
             self._run_from_where_it_is(chunk)
@@ -173,6 +175,14 @@ class LanguageHandler:
             return False
         self._reporter.announce((*plan.decodes, *(chunk.sequence for chunk in chunks)), STEP_BOUND_S)
         self._run(plan)
+        return True
+
+    def _has_room(self, name: str) -> bool:
+        """Take the page that an answer's next token needs; without one it sits this step out."""
+        try:
+            self._runner.reserve(name, 1)
+        except OutOfPages:
+            return False
         return True
 
     def _run_from_where_it_is(self, chunk: Chunk) -> Chunk:
@@ -223,8 +233,8 @@ class LanguageHandler:
         try:
             result = self._runner.run(plan, rows)
             for chunk in plan.chunks:
-                if chunk.sequence in result.prompt_logits:
-                    self._note_logprobs(chunk, result.prompt_logits[chunk.sequence])
+                if chunk.sequence in result.prompt_hidden:
+                    self._note_logprobs(chunk, result.prompt_hidden[chunk.sequence])
         except Exception as error:
             for name in (*plan.decodes, *(chunk.sequence for chunk in plan.chunks)):
                 self._fail(sequences.command(name), error, "a step of the model")
@@ -255,15 +265,18 @@ class LanguageHandler:
                 self._fail(sequences.command(name), error, "choosing its next token")
         return chosen
 
-    def _note_logprobs(self, chunk: Chunk, logits: torch.Tensor) -> None:
-        """Row i tells how likely the token of row i + 1 was."""
+    def _note_logprobs(self, chunk: Chunk, hidden: torch.Tensor) -> None:
+        """Row i tells how likely the token of row i + 1 was. A few rows at a time: scores are wide."""
         prefill = self._sequences.prefills[chunk.sequence]
         prompt, asked = prefill.prompt, prefill.prompt.command.sampling.prompt_logprobs
-        stop = min(chunk.stop + 1, len(prompt))
-        targets = torch.from_numpy(prompt.token_ids[chunk.start + 1 : stop])
-        found = prompt_logprobs(logits[: len(targets)], targets.to(logits.device), asked or 0)
-        where = prompt.rows.order[chunk.start + 1 : stop].tolist()
-        prefill.logprobs.update(zip(where, found, strict=True))
+        last = min(chunk.stop, len(prompt) - 1)
+        for start in range(chunk.start, last, LOGPROB_ROWS):
+            stop = min(start + LOGPROB_ROWS, last)
+            logits = self._runner.logits(hidden[start - chunk.start : stop - chunk.start])
+            targets = torch.from_numpy(prompt.token_ids[start + 1 : stop + 1])
+            found = prompt_logprobs(logits, targets.to(logits.device), asked or 0)
+            where = prompt.rows.order[start + 1 : stop + 1].tolist()
+            prefill.logprobs.update(zip(where, found, strict=True))
 
     def _advance(self, name: str, token: int, logprobs: dict[int, Logprob] | None) -> m.Sampled | None:
         """Feed the next known token, or report a new one; None while forced tokens are replayed."""
@@ -320,6 +333,7 @@ class LanguageHandler:
                 DEFAULT_BUDGET if budget is None else budget,
                 prompt.identity,
             )
+            runner.reserve(name, prompt.headroom)  # was given back with what was evicted
         after, slots = runner.kv_bytes(name), int(runner.table.lengths(name).max())
         runner.finish_prompt(name)
         del self._sequences.prefills[name]

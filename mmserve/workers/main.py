@@ -159,12 +159,13 @@ def _kv_memory(config: WorkerConfig, device: torch.device) -> int:
         return config.kv_memory_bytes
     if device.type != "cuda":
         return CPU_KV_MEMORY
-    free, total = torch.cuda.mem_get_info(device)
-    left = int(free - (1 - config.gpu_memory_utilization) * total) - GPU_STEP_MEMORY
+    _, total = torch.cuda.mem_get_info(device)
+    # by its own share, whatever others on this GPU have taken so far
+    left = int(config.gpu_memory_utilization * total) - torch.cuda.memory_allocated(device) - GPU_STEP_MEMORY
     if left <= 0:
         raise ConfigError(
-            f"Expected room for KV pages within gpu_memory_utilization {config.gpu_memory_utilization}, "
-            f"but only {free >> 20} MiB of {total >> 20} MiB are free"
+            f"Expected room for KV pages within a share of {config.gpu_memory_utilization:.2f} of the GPU's "
+            f"{total >> 20} MiB, but weights and steps take all of it"
         )
     return left
 

@@ -90,6 +90,11 @@ class Sequences:
         held = self.prefills.get(name) or self.prefilled[name]
         return held.prompt.command
 
+    def awaits(self, command: m.DecodeFrom) -> bool:
+        """Whether its prompt was prefilled here, in the same attempt."""
+        held = self.prefilled.get(command.request_id)
+        return held is not None and held.prompt.command.attempt == command.attempt
+
     def begin_decode(self, command: m.DecodeFrom) -> None:
         """The sequence is here; who was prefilled here keeps its turn."""
         before = self.prefilled.pop(command.request_id, None)
@@ -122,11 +127,7 @@ class Sequences:
         """What the scheduler decides on."""
         table = self._runner.table
         return EngineState(
-            waiting=tuple(
-                self._waiting(name, prompt)
-                for name, prompt in self.waiting.items()
-                if not self._is_being_cached(prompt)
-            ),
+            waiting=tuple(self._waiting(name, prompt) for name, prompt in self._not_held_back()),
             prefilling=tuple(
                 Prefilling(
                     sequence=name,
@@ -134,7 +135,7 @@ class Sequences:
                     arrived=prefill.prompt.arrived,
                     done=prefill.rows.done,
                     total=len(prefill.rows),
-                    pages=table.owned_pages(name),
+                    pages=self._runner.pages_freed_by(name),
                 )
                 for name, prefill in self.prefills.items()
             )
@@ -145,7 +146,7 @@ class Sequences:
                     arrived=held.prompt.arrived,
                     done=len(held.prompt),
                     total=len(held.prompt),
-                    pages=table.owned_pages(name),
+                    pages=self._runner.pages_freed_by(name),
                 )
                 for name, held in self.prefilled.items()
             ),
@@ -155,7 +156,7 @@ class Sequences:
                     priority=decode.command.priority,
                     arrived=decode.arrived,
                     grow=table.missing_pages(name, 1),
-                    pages=table.owned_pages(name),
+                    pages=self._runner.pages_freed_by(name),
                 )
                 for name, decode in self.decodes.items()
             ),
@@ -175,16 +176,27 @@ class Sequences:
             pages=self._runner.table.pages_for(len(prompt) + prompt.headroom) - busy,
         )
 
-    def _is_being_cached(self, prompt: WaitingPrompt) -> bool:
-        """Whether a prompt in work will leave KV behind that this one lacks: then it waits and shares."""
-        identity, size = prompt.identity, self._runner.table.page_size
-        if identity is None:
+    def _not_held_back(self) -> list[tuple[str, WaitingPrompt]]:
+        """Those that do not do better to wait for the KV of one that comes before them."""
+        ahead = [(prefill.prompt, prefill.rows.done) for prefill in self.prefills.values()]
+        turn = sorted(self.waiting.items(), key=lambda entry: _turn(entry[1]))
+        going_on = []
+        for name, prompt in turn:
+            cached, _ = self._runner.cached(prompt.identity, prompt.most_cached)
+            if not any(self._is_worth_waiting_for(prompt, cached, *other) for other in ahead):
+                going_on.append((name, prompt))
+                ahead.append((prompt, cached))
+        return going_on
+
+    def _is_worth_waiting_for(
+        self, prompt: WaitingPrompt, cached: int, other: WaitingPrompt, done: int
+    ) -> bool:
+        """Whether `other` leaves more behind than half of what it has still to run, and comes first."""
+        if prompt.identity is None or other.identity is None or _turn(other) > _turn(prompt):
             return False
-        coming = 0
-        for prefill in self.prefills.values():
-            if (other := prefill.prompt.identity) is not None:
-                coming = max(coming, min(identity.common(other), prompt.most_cached))
-        return coming // size * size > self._runner.cached(identity, prompt.most_cached)[0]
+        size = self._runner.table.page_size
+        shared = min(prompt.identity.common(other.identity), prompt.most_cached) // size * size
+        return shared - cached > (len(other) - done) // 2
 
     def sampler_row(self, name: str, eos_tokens: tuple[int, ...]) -> Row:
         if name in self.decodes:
@@ -204,6 +216,10 @@ class Sequences:
         return decode.identity.extended(tokens, start.next_order + fed, start.next_position + fed)
 
 
+def _turn(prompt: WaitingPrompt) -> tuple[int, int]:
+    return prompt.command.priority, prompt.arrived
+
+
 def slots_of(command: m.PrefillPrompt | m.DecodeFrom) -> int:
     """Slots per head that a command takes at first; a sequence that is here has its pages already."""
     if isinstance(command, m.PrefillPrompt):
@@ -212,4 +228,4 @@ def slots_of(command: m.PrefillPrompt | m.DecodeFrom) -> int:
         return text + kept + m.answer_slots(command.sampling, len(command.forced))
     if command.lease is None:
         return 0
-    return command.next_position + m.answer_slots(command.sampling, len(command.tokens))
+    return command.slots + m.answer_slots(command.sampling, len(command.tokens))

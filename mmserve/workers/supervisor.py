@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from mmserve import messages as m
-from mmserve.config import ServeConfig
+from mmserve.config import ServeConfig, usable_cores
 from mmserve.errors import WireError
 from mmserve.media.limits import MediaLimits
 from mmserve.messages import Role
@@ -32,12 +31,13 @@ STOP_GRACE_S = 3.0
 
 COMMANDS: Codec[m.Downward] = Codec(m.Downward)
 EVENTS: Codec[m.Upward] = Codec(m.Upward)
+ENCODER_GPU_SHARE = 0.1
 
 
 def worker_configs(config: ServeConfig, endpoint: str, directories: Sequence[str]) -> list[WorkerConfig]:
     """One configuration per process of an E|P|D deployment; cores are divided among them."""
     counts = dict(zip(Role, config.epd, strict=True))
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     threads = config.threads or max(1, cores // sum(counts.values()))
     return [
         WorkerConfig(
@@ -49,7 +49,7 @@ def worker_configs(config: ServeConfig, endpoint: str, directories: Sequence[str
             dtype=config.dtype,
             threads=threads,
             kv_memory_bytes=config.cache.kv_memory_bytes,
-            gpu_memory_utilization=config.cache.gpu_memory_utilization,
+            gpu_memory_utilization=_gpu_share(config),
             max_num_batched_tokens=config.max_num_batched_tokens,
             embedding_cache_bytes=config.cache.embedding_cache_bytes,
             limits=MediaLimits.from_config(config.limits),
@@ -57,6 +57,13 @@ def worker_configs(config: ServeConfig, endpoint: str, directories: Sequence[str
         for role, count in counts.items()
         for slot in range(count)
     ]
+
+
+def _gpu_share(config: ServeConfig) -> float:
+    """What one language worker may fill when all processes are on one GPU: encoders need little."""
+    encoders, prefills, decodes = config.epd
+    left = config.cache.gpu_memory_utilization - ENCODER_GPU_SHARE * encoders
+    return max(left, 0.0) / (prefills + decodes)
 
 
 @dataclass(slots=True)

@@ -5,7 +5,7 @@ Whatever the chunks are, from the prefix cache, and in one process or three.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,7 @@ KV_MEMORY = 64 << 20
 UNLIMITED = 1 << 20
 
 
-def _seeds(seeds: Iterable[int], quick: Iterable[int]) -> list[ParameterSet]:
+def _seeds(seeds: Iterable[int], quick: Collection[int]) -> list[ParameterSet]:
     return [pytest.param(seed, marks=() if seed in quick else pytest.mark.slow) for seed in seeds]
 
 
@@ -110,7 +110,7 @@ def _check(oracle: RandomOracle, request: RandomRequest, output: RequestOutput) 
         assert logprobs[token].logprob == pytest.approx(float(logits.log_softmax(-1)[best]), abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("seed", _seeds(range(20), quick=range(4)))
+@pytest.mark.parametrize("seed", _seeds(range(20), quick=(5, 16, 18, 19)))
 def test_mixed_requests_to_a_random_model_agree_with_transformers(case: Case) -> None:
     for request in case.requests:
         for frame in request.some_frames:
@@ -125,7 +125,7 @@ def test_mixed_requests_to_a_random_model_agree_with_transformers(case: Case) ->
     assert all(output.usage.cached_tokens for output in again if len(output.prompt_token_ids) > 32)
 
 
-@pytest.mark.parametrize("seed", _seeds(range(20), quick=(1,)))
+@pytest.mark.parametrize("seed", _seeds(range(20), quick=(16,)))
 @pytest.mark.parametrize("rows", [7, 64, UNLIMITED])
 def test_a_random_model_in_chunks_agrees_with_transformers(
     case: Case, rows: int, chunks: list[list[int]]
@@ -137,7 +137,7 @@ def test_a_random_model_in_chunks_agrees_with_transformers(
         assert sum(map(len, chunks)) == len(case.requests)
 
 
-@pytest.mark.parametrize("seed", _seeds((1, 4, 8, 15, 18), quick=(1,)))
+@pytest.mark.parametrize("seed", _seeds((4, 8, 15, 16, 19), quick=(16,)))
 def test_a_random_model_row_by_row_agrees_with_transformers(case: Case, chunks: list[list[int]]) -> None:
     with case.run(rows=1) as llm:
         case.check(_ask(llm, case.requests, prompt_logprobs=0))

@@ -69,6 +69,14 @@ def test_rows_have_the_tokens_of_the_chat_template() -> None:
     assert torch.equal(row.tokens[row.asked_at + 1], row.wanted)
 
 
+def short_row() -> Row:
+    builder = RowBuilder(WORDS, carriers=False)
+    builder.text("<|im_start|>user\n")
+    builder.video(clip(2, 2), newline=False)
+    builder.branch([OTHER], 1)
+    return builder.row()
+
+
 def two_items(carriers: bool) -> Row:
     builder = RowBuilder(WORDS, carriers)
     builder.text("<|im_start|>user\nItem 1:")
@@ -83,7 +91,12 @@ def two_items(carriers: bool) -> Row:
 def states(model: LlavaOnevisionForConditionalGeneration, row: Row, carriers: bool) -> Tensor:
     inner = model.model
     embedded = embed_row(row, inner.get_input_embeddings().weight, inner.image_newline)
-    return row_states(inner.language_model, embedded, row, carriers=carriers)[-1][0]
+    other = short_row()  # goes through the matrices alongside and must not matter
+    beside = embed_row(other, inner.get_input_embeddings().weight, inner.image_newline)
+    both = row_states(
+        inner.language_model, [beside, embedded], [other, row], carriers=[not carriers, carriers]
+    )
+    return both[1][-1][0]
 
 
 @pytest.mark.parametrize("carriers", [False, True])

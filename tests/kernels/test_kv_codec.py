@@ -1,11 +1,13 @@
-"""The page codec: its error bounds, the kernels in Triton's interpreter, and that decode reads what it wrote."""
+"""The page codec: its error bounds, the kernels in Triton's interpreter, and decode on their pages."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from triton.runtime import interpreter
 
@@ -16,6 +18,7 @@ from mmserve.kernels.paged_decode import triton as decode
 from tests.kernels import bf16_shim
 
 bf16_shim.install()
+Array = NDArray[np.generic]
 KINDS = ["int8", "int4", "fp8"]
 AXES = ["slot", "channel"]
 Kind = Literal["int8", "int4", "fp8"]
@@ -32,9 +35,10 @@ def _rounded_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     """To the nearest, as a GPU does: the interpreter loses the carry, so that 127.9 becomes 64."""
     convert = interpreter._convert_float
 
-    def nearest(data: Any, source: Any, target: Any, rounding: Any) -> Any:  # untyped as Triton is
+    def nearest(data: Array, source: object, target: object, rounding: object) -> Array:
         if str(source) != "fp32" or str(target) != "fp8e4nv":
-            return convert(data, source, target, rounding)
+            converted: Array = convert(data, source, target, rounding)
+            return converted
         return torch.from_numpy(data.copy()).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
     monkeypatch.setattr(interpreter, "_convert_float", nearest)
@@ -125,7 +129,9 @@ def test_loaded_pages_equal_what_decode_reads(
     found = triton.load_pages(pages, PAGE_IDS, dtype)
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == dtype
-        torch.testing.assert_close(one.float(), other, atol=1e-6, rtol=1e-2 if dtype is torch.bfloat16 else 1e-3)
+        torch.testing.assert_close(
+            one.float(), other, atol=1e-6, rtol=1e-2 if dtype is torch.bfloat16 else 1e-3
+        )
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -157,7 +163,9 @@ def test_hadamard_equals_oracle(d: int, dtype: torch.dtype) -> None:
     x = normal(3, 5, d, seed=10).to(dtype)
     found, expected = triton.hadamard(x), naive.hadamard(x)
     assert found.dtype == dtype
-    torch.testing.assert_close(found.float(), expected, atol=1e-5, rtol=1e-2 if dtype is torch.bfloat16 else 1e-3)
+    torch.testing.assert_close(
+        found.float(), expected, atol=1e-5, rtol=1e-2 if dtype is torch.bfloat16 else 1e-3
+    )
 
 
 def test_hadamard_is_its_own_inverse_and_keeps_scores() -> None:

@@ -1,6 +1,8 @@
-"""Norms, rotations and page writes in Triton's interpreter against their oracles, and those against models."""
+"""Norms, rotations and page writes in Triton's interpreter against their oracles, those against a model."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -79,7 +81,8 @@ def test_rope_and_append_equal_oracle(
     positions = torch.randint(0, 5000, shape, generator=generator, dtype=torch.int32)
     slots, pages = make_slots(kv_heads, tokens, page_size)
     weights = [(1 + uniform(d, seed=seed)).to(dtype) if normed else None for seed in (3, 4)]
-    chosen = {
+    chosen: dict[str, Any] = {
+        "eps": 1e-5,
         "axis_of_pair": torch.arange(d // 2, dtype=torch.int32) % 3 if axes == 3 else None,
         "q_weight": weights[0],
         "k_weight": weights[1],
@@ -87,9 +90,9 @@ def test_rope_and_append_equal_oracle(
     expected_kv, found_kv = (
         [torch.full((pages, page_size, d), 9.0).to(dtype) for _ in range(2)] for _ in range(2)
     )
-    expected = naive.rope_append(qkv, positions, frequencies, slots, *expected_kv, **chosen, eps=1e-5)
-    found = triton.rope_append(qkv, positions, frequencies, slots, *found_kv, **chosen, eps=1e-5)
-    tolerance = {"atol": 3 * TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
+    expected = naive.rope_append(qkv, positions, frequencies, slots, expected_kv[0], expected_kv[1], **chosen)
+    found = triton.rope_append(qkv, positions, frequencies, slots, found_kv[0], found_kv[1], **chosen)
+    tolerance: dict[str, Any] = {"atol": 3 * TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
     assert found.dtype == dtype
     torch.testing.assert_close(found.float(), expected, **tolerance)
     torch.testing.assert_close(found_kv[0], expected_kv[0], **tolerance)
@@ -178,8 +181,8 @@ def test_dispatch_keeps_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MMSERVE_KERNELS", choice)
         pages = [torch.zeros(4, 1, 8, dtype=torch.float16) for _ in range(2)]
         normed, _ = norm_rope.rms_norm(x.view(2, 32), torch.ones(32).half(), eps=1e-5)
-        q = norm_rope.rope_append(x, slots[0].int(), frequencies, slots, *pages)
-        norm_rope.rerotate(*pages, slots[0], slots[0] + 2, slots[0].int(), frequencies)
+        q = norm_rope.rope_append(x, slots[0].int(), frequencies, slots, pages[0], pages[1])
+        norm_rope.rerotate(pages[0], pages[1], slots[0], slots[0] + 2, slots[0].int(), frequencies)
         assert normed.dtype == q.dtype == torch.float16
         found[choice] = [normed, q, *pages]
     for one, other in zip(*found.values(), strict=True):

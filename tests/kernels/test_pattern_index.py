@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from mmserve.kernels import pattern_index
 from mmserve.kernels.pattern_index import naive, triton
+from mmserve.kernels.pattern_index.blocks import triton as blocks_triton
 from tests.kernels import bf16_shim
 
 bf16_shim.install()
@@ -112,14 +115,12 @@ def test_the_lift_finds_the_stride_where_raw_mass_does_not(stride: int, phase: i
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "keys", "group", "block"), [(5, 20, 1, 8), (40, 150, 2, 9)])
-def test_block_scores_equal_oracle(
-    rows: int, keys: int, group: int, block: int, dtype: torch.dtype
-) -> None:
+def test_block_scores_equal_oracle(rows: int, keys: int, group: int, block: int, dtype: torch.dtype) -> None:
     q, k = uniform(rows, 2 * group, 24, seed=8).to(dtype), uniform(keys, 2, 24, seed=9).to(dtype)
     order = scattered(keys)
     for key_order, row_order in ((order, order[-rows:]), (None, torch.arange(keys - rows, keys).int())):
         expected = naive.block_scores(q, k, row_order, key_order, block=block, scale=3.0)
-        found = triton.block_scores(q, k, row_order, key_order, block=block, scale=3.0)
+        found = blocks_triton.block_scores(q, k, row_order, key_order, block=block, scale=3.0)
         torch.testing.assert_close(found, expected, atol=3 * TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     assert found.isinf().any() == (rows > block)
 
@@ -133,9 +134,9 @@ def test_columns_are_those_near_the_largest(
     order = scattered(keys)
     row_order = order[-rows:]
     blocks = -(-rows // block)
-    key_end = torch.arange(blocks).int() * block + (keys - rows) // 2
-    limits = {"block": block, "scale": 3.0, "sink": 4, "capacity": keys}
-    found = triton.select_columns(q, k, row_order, order, key_end, alpha=2.0, **limits)
+    key_end = torch.arange(blocks).int() * block + keys - rows
+    limits: dict[str, Any] = {"block": block, "scale": 3.0, "sink": 4, "capacity": keys}
+    found = blocks_triton.select_columns(q, k, row_order, order, key_end, alpha=2.0, **limits)
     slack = 5 * TOLERANCE[dtype]
     wide, narrow = (
         naive.select_columns(q, k, row_order, order, key_end, alpha=2.0 + change, **limits)
@@ -155,8 +156,8 @@ def test_columns_are_those_near_the_largest(
 def test_columns_past_the_capacity_are_left_out() -> None:
     q, k = uniform(3, 1, 8, seed=12), uniform(100, 1, 8, seed=13)
     rows, ends = torch.arange(97, 100).int(), torch.tensor([90]).int()
-    call = {"block": 4, "scale": 1.0, "alpha": 100.0, "sink": 2, "capacity": 70}
-    for select in (naive.select_columns, triton.select_columns):
+    call: dict[str, Any] = {"block": 4, "scale": 1.0, "alpha": 100.0, "sink": 2, "capacity": 70}
+    for select in (naive.select_columns, blocks_triton.select_columns):
         columns, counts = select(q, k, rows, None, ends, **call)
         assert counts.tolist() == [[70]]
         assert columns[0, 0].tolist() == list(range(2, 72))
@@ -171,7 +172,7 @@ def test_dispatch_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         residues = pattern_index.residue_scores(vertical, torch.tensor([3, 4]).int(), first=1, last=18)
         scores = pattern_index.block_scores(q, k, rows, None, block=4, scale=1.0)
         ends = torch.full((3,), 11, dtype=torch.int32)
-        limits = {"block": 4, "scale": 1.0, "alpha": 50.0, "sink": 1, "capacity": 10}
+        limits: dict[str, Any] = {"block": 4, "scale": 1.0, "alpha": 50.0, "sink": 1, "capacity": 10}
         columns = pattern_index.select_columns(q, k, rows, None, ends, **limits)
         found.append([vertical, slash, *residues, scores, *columns])
     for one, other in zip(*found, strict=True):

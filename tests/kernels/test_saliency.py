@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -20,9 +22,7 @@ def uniform(*shape: int, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("sizes", "heads", "d"), [([1], 1, 8), ([17, 0, 33, 16], 2, 24), ([40, 3], 1, 72)]
-)
+@pytest.mark.parametrize(("sizes", "heads", "d"), [([1], 1, 8), ([17, 0, 33, 16], 2, 24), ([40, 3], 1, 72)])
 def test_kernel_equals_oracle(
     sizes: list[int], heads: int, d: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -34,7 +34,7 @@ def test_kernel_equals_oracle(
     found = triton.saliency(q, k, begins, scale=d**-0.5, max_tokens=max(sizes), config=SMALL)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=TOLERANCE[dtype])
-    for first, last in zip(begins.tolist(), begins.tolist()[1:], strict=False):
+    for first, last in pairwise(begins.tolist()):
         assert last == first or abs(float(found[first:last].sum()) - 1) < 1e-3
 
 

@@ -154,6 +154,7 @@ class Deployment:
                 next_order=event.next_order,
                 next_position=event.next_position,
                 lease=event.lease,
+                slots=event.slots,
                 prompt_ids=command.token_ids if command.sampling.repetition_penalty != 1 else (),
                 priority=command.priority,
             )
@@ -231,6 +232,32 @@ def run_mix(seed: int, directory: Path) -> int:
 def test_a_mix_gives_every_request_what_it_gets_alone(tmp_path: Path) -> None:
     preemptions = [run_mix(seed, tmp_path) for seed in range(12)]
     assert sum(preemptions) > 0, "no mix of these was short of pages"
+
+
+def test_long_answers_about_one_prompt_when_pages_are_short(tmp_path: Path) -> None:
+    """To preempt one frees only what the others do not share with it."""
+    engine = Engine(tmp_path, pages=300)
+    item = engine.item(12, seed=1, key=f"{1:032x}")
+    jobs = [
+        Job(
+            m.PrefillPrompt(
+                request_id=f"r{index}",
+                attempt=0,
+                token_ids=(VIDEO, 1, 2, 3, 4, 5 + index),
+                items=(item,),
+                sampling=SamplingParams(max_tokens=90, ignore_eos=True),
+                methods=Methods(),
+            ),
+            None,
+        )
+        for index in range(4)
+    ]
+    deployment = Deployment(engine, engine)
+    deployment.run(random.Random(0), jobs)
+    assert deployment.preemptions > 0
+    for job in jobs:
+        assert job.tokens == alone(job, tmp_path)[0]
+    assert engine.used_pages == 0
 
 
 @pytest.mark.slow

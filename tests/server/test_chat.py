@@ -184,6 +184,12 @@ def test_a_stop_text_ends_the_answer_before_it(server: RunningServer, stream: bo
     assert finish == "stop"
 
 
+def test_a_priority_reaches_the_pipeline(server: RunningServer) -> None:
+    for given, expected in (({}, 0), ({"priority": 3}, 3)):
+        ask(server, **given)
+        assert server.pipeline.prompts[-1].priority == expected
+
+
 def test_a_salt_separates_caches(server: RunningServer) -> None:
     for salt in ("a", "b", "a"):
         ask(server, cache_salt=salt)

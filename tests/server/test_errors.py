@@ -81,6 +81,7 @@ BAD_BODIES: list[tuple[dict[str, Any], str, str]] = [
     ({"n": 2}, "", "Expected n of 1 with temperature 0"),
     ({"tools": [{"type": "function"}]}, "tools", "tools"),
     ({"response_format": {"type": "json_object"}}, "response_format", "response_format"),
+    ({"priority": 10**9}, "priority", "priority of 0 to 1000000"),
     ({"presence_penalty": 2.5}, "", "presence_penalty of -2 to 2"),
     ({"temprature": 0.5}, "temprature", "the nearest is 'temperature'"),
     ({"chat_template": "{{ x }}"}, "chat_template", "known field"),

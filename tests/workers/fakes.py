@@ -142,6 +142,7 @@ class Engine:
             next_order=event.next_order,
             next_position=event.next_position,
             lease=event.lease,
+            slots=event.slots,
         )
 
     def prefill(

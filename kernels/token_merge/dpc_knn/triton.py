@@ -5,6 +5,8 @@ Five launches, each of one program per few tokens; the table of distances of eac
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -205,20 +207,20 @@ def row_warps(block: int) -> int:
     return max(1, min(16, block // 256))
 
 
-def cluster_tokens(
-    x: Tensor, begins: Tensor, counts: Tensor, *, neighbours: int, max_size: int
-) -> Clusters:
+def cluster_tokens(x: Tensor, begins: Tensor, counts: Tensor, *, neighbours: int, max_size: int) -> Clusters:
     """As `token_merge.cluster_tokens`; all tensors are contiguous. Needs 4 * G * max_size^2 bytes."""
     tokens, d = x.shape
     groups = len(counts)
-    assert x.is_contiguous() and begins.dtype == counts.dtype == torch.int32, "begins and counts are int32"
-    assert len(begins) == groups + 1 and max_size <= MAX_SIZE, "groups fit one program"
+    assert x.is_contiguous(), "begins and counts are int32"
+    assert begins.dtype == counts.dtype == torch.int32, "begins and counts are int32"
+    assert len(begins) == groups + 1, "groups fit one program"
+    assert max_size <= MAX_SIZE, "groups fit one program"
     rank, cluster = (torch.empty(tokens, dtype=torch.int32, device=x.device) for _ in range(2))
     if tokens == 0:
         return Clusters(rank, cluster)
-    new = {"device": x.device, "dtype": torch.float32}
-    squared = torch.empty(groups, max_size, max_size, **new)
-    density, widest, score = (torch.empty(tokens, **new) for _ in range(3))
+    new = partial(torch.empty, device=x.device, dtype=torch.float32)
+    squared = new(groups, max_size, max_size)
+    density, widest, score = (new(tokens) for _ in range(3))
     tiles = triton.cdiv(max_size, BLOCK_PAIRS)
     squared_distances_fwd_kernel[(tiles, tiles, groups)](
         x, begins, squared, max_size,
@@ -237,7 +239,8 @@ def merge_weights(
     clusters: Clusters, begins: Tensor, weights: Tensor, *, beta: float, max_size: int
 ) -> Tensor:
     """As `token_merge.merge_weights`; all tensors are contiguous."""
-    assert weights.dtype == torch.float32 and max_size <= MAX_SIZE, "weights are fp32"
+    assert weights.dtype == torch.float32, "weights are fp32"
+    assert max_size <= MAX_SIZE, "weights are fp32"
     shares = torch.empty_like(weights)
     block = triton.next_power_of_2(max_size)
     if weights.numel():

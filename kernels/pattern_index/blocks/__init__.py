@@ -1,0 +1,1 @@
+"""Scores of blocks: the half of `pattern_index` that reads all rows."""

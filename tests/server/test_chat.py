@@ -185,9 +185,9 @@ def test_a_stop_text_ends_the_answer_before_it(server: RunningServer, stream: bo
 
 
 def test_a_priority_reaches_the_pipeline(server: RunningServer) -> None:
-    for given, expected in (({}, 0), ({"priority": 3}, 3)):
-        ask(server, **given)
-        assert server.pipeline.prompts[-1].priority == expected
+    ask(server)
+    ask(server, priority=3)
+    assert [prompt.priority for prompt in server.pipeline.prompts] == [0, 3]
 
 
 def test_a_salt_separates_caches(server: RunningServer) -> None:

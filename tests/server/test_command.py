@@ -39,7 +39,13 @@ def test_options_win_over_the_file_and_leave_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[ServeConfig] = []
-    monkeypatch.setattr(serving, "serve", lambda config, *, demo: seen.append(config) or 0)
+
+    def run(config: ServeConfig, *, demo: bool) -> int:
+        assert not demo
+        seen.append(config)
+        return 0
+
+    monkeypatch.setattr(serving, "serve", run)
     file = tmp_path / "serve.yaml"
     file.write_text("port: 9000\ncache:\n  kv_memory_bytes: 5\n  embedding_cache_bytes: 7\n")
     arguments = ["serve", "--config", str(file), "--kv-memory", "2GiB", "--max-num-batched-tokens", "64"]

@@ -163,7 +163,11 @@ class LanguageHandler:
         plan = schedule(sequences.state(self._token_budget))
         for name in plan.preempt:
             self._preempt(name)
-        plan = plan._replace(decodes=tuple(filter(self._has_room, plan.decodes)))
+        decodes = tuple(filter(self._has_room, plan.decodes))
+        if plan.decodes and not decodes:
+            # the plan counted on pages that are not there: one has to give way, or all would wait for ever
+            self._preempt(plan.decodes[-1])
+        plan = plan._replace(decodes=decodes)
         admitted = {name for name in plan.admit if self._admit(sequences.waiting.pop(name))}
         chunks = [
             self._run_from_where_it_is(chunk)

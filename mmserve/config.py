@@ -6,7 +6,6 @@ Knows the shape and range of each setting; not which methods are registered, nor
 from __future__ import annotations
 
 import difflib
-import os
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -123,11 +122,6 @@ class Limits:
         expected = f"at most limits.max_side ({self.max_side})"
         _require(self.min_side <= self.max_side, "limits.min_side", expected, self.min_side)
         _require(self.max_tokens <= 65_536, "limits.max_tokens", "at most 65536", self.max_tokens)
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on; a container or taskset may give it fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
-from mmserve.config import usable_cores
+from mmserve.cores import usable_cores
 
 # distribution -> what it is for
 REQUIRED = {

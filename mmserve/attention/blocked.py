@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 3 << 20  # scores of one block: the second-level caches of two cores
+BLOCK_BYTES = 3 << 20  # scores of one block: with less, the calls cost more than the caches gain
 MIN_ROWS, MAX_ROWS = 8, 128
 
 

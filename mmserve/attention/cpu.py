@@ -36,13 +36,13 @@ class CpuAttention(PagedAttention):
     ) -> None:
         super().__init__(table, store, batch, observe)
         self._runs = {rows.sequence: table.runs(rows.sequence) for rows in batch}
+        self._prompt_runs = {rows.sequence: _joined([self._runs[rows.sequence]]) for rows in self._prompts}
         if self._decodes:
             self._decode_runs = _joined([self._runs[rows.sequence] for rows in self._decodes])
 
     def _prompt(self, layer: int, rows: SequenceRows, q: Tensor) -> Tensor:
         if native.is_available(q, self._store.k):
-            width = q.shape[-1]
-            runs = _joined([self._runs[rows.sequence]])
+            width, runs = q.shape[-1], self._prompt_runs[rows.sequence]
             return native.prefill_attention(
                 q[None],
                 self._store.k.view(-1, width),

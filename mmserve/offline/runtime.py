@@ -16,8 +16,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from mmserve.config import ServeConfig, usable_cores
+from mmserve.config import ServeConfig
 from mmserve.conversation import MediaPart
+from mmserve.cores import usable_cores
 from mmserve.errors import MMServeError
 from mmserve.generation import Deliver, Generation
 from mmserve.media.arrays import save_frames

@@ -127,28 +127,10 @@ class Sequences:
         """What the scheduler decides on."""
         table = self._runner.table
         return EngineState(
-            waiting=tuple(self._waiting(name, prompt) for name, prompt in self._not_held_back()),
-            prefilling=tuple(
-                Prefilling(
-                    sequence=name,
-                    priority=prefill.prompt.command.priority,
-                    arrived=prefill.prompt.arrived,
-                    done=prefill.rows.done,
-                    total=len(prefill.rows),
-                    pages=self._runner.pages_freed_by(name),
-                )
-                for name, prefill in self.prefills.items()
-            )
-            + tuple(
-                Prefilling(
-                    sequence=name,
-                    priority=held.prompt.command.priority,
-                    arrived=held.prompt.arrived,
-                    done=len(held.prompt),
-                    total=len(held.prompt),
-                    pages=self._runner.pages_freed_by(name),
-                )
-                for name, held in self.prefilled.items()
+            waiting=tuple(self._not_held_back()),
+            prefilling=(
+                *(self._admitted(name, one.prompt, one.rows.done) for name, one in self.prefills.items()),
+                *(self._admitted(name, one.prompt, len(one.prompt)) for name, one in self.prefilled.items()),
             ),
             decoding=tuple(
                 Decoding(
@@ -165,27 +147,36 @@ class Sequences:
             token_budget=token_budget,
         )
 
-    def _waiting(self, name: str, prompt: WaitingPrompt) -> Waiting:
-        cached, busy = self._runner.cached(prompt.identity, prompt.most_cached)
-        return Waiting(
+    def _admitted(self, name: str, prompt: WaitingPrompt, done: int) -> Prefilling:
+        return Prefilling(
             sequence=name,
             priority=prompt.command.priority,
             arrived=prompt.arrived,
-            done=cached,
-            rows=len(prompt) - cached,
-            pages=self._runner.table.pages_for(len(prompt) + prompt.headroom) - busy,
+            done=done,
+            total=len(prompt),
+            pages=self._runner.pages_freed_by(name),
         )
 
-    def _not_held_back(self) -> list[tuple[str, WaitingPrompt]]:
+    def _not_held_back(self) -> list[Waiting]:
         """Those that do not do better to wait for the KV of one that comes before them."""
         ahead = [(prefill.prompt, prefill.rows.done) for prefill in self.prefills.values()]
         turn = sorted(self.waiting.items(), key=lambda entry: _turn(entry[1]))
         going_on = []
         for name, prompt in turn:
-            cached, _ = self._runner.cached(prompt.identity, prompt.most_cached)
-            if not any(self._is_worth_waiting_for(prompt, cached, *other) for other in ahead):
-                going_on.append((name, prompt))
-                ahead.append((prompt, cached))
+            cached, busy = self._runner.cached(prompt.identity, prompt.most_cached)
+            if any(self._is_worth_waiting_for(prompt, cached, *other) for other in ahead):
+                continue
+            ahead.append((prompt, cached))
+            going_on.append(
+                Waiting(
+                    sequence=name,
+                    priority=prompt.command.priority,
+                    arrived=prompt.arrived,
+                    done=cached,
+                    rows=len(prompt) - cached,
+                    pages=self._runner.table.pages_for(len(prompt) + prompt.headroom) - busy,
+                )
+            )
         return going_on
 
     def _is_worth_waiting_for(

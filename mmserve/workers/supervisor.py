@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 import msgspec
 
 from mmserve import messages as m
-from mmserve.config import ServeConfig, usable_cores
+from mmserve.config import ServeConfig
+from mmserve.cores import usable_cores
 from mmserve.errors import WireError
 from mmserve.media.limits import MediaLimits
 from mmserve.messages import Role

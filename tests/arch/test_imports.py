@@ -21,7 +21,7 @@ LINKED = ("kernels", "bench")  # folders of the repository that are parts of the
 
 # lower layers first; a part may import its own layer and the layers below it
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "config", "log", "metrics", "tracing", "progress"}),
+    frozenset({"errors", "cores", "config", "log", "metrics", "tracing", "progress"}),
     frozenset({"request", "sampling", "messages"}),
     frozenset(
         {"wire", "queues", "waker", "transfer", "tensors", "rundir", "media", "conversation", "methods"}

@@ -78,6 +78,20 @@ class Plan:
             raise BadRequest(f"Expected a peer of {', '.join(PEERS)}, but got {self.vs!r}")
 
 
+def metric(plan: Plan, name: str, unit: str, *, more_is_better: bool = False) -> Metric:
+    """With its gate and goal, where the plan is what they are about."""
+    is_gated = (
+        plan.geometry == GATED_GEOMETRY and plan.frames == GATED_FRAMES and not torch.cuda.is_available()
+    )
+    return Metric(
+        name=name,
+        unit=unit,
+        more_is_better=more_is_better,
+        gate=GATES.get(name) if is_gated else None,
+        goal=GOALS.get(name) if is_gated else None,
+    )
+
+
 @dataclass(slots=True, kw_only=True)
 class Session:
     """Two running sides and what they are asked; `peer` is None when only ours is measured."""
@@ -102,21 +116,19 @@ class Session:
             Ask(video=seed, frames=frames, question=number) for number in range(questions) for seed in seeds
         )
 
-    def measure(
-        self, name: str, measures: Mapping[str, Measure], rounds: int | None = None
-    ) -> dict[str, list[float]]:
+    def measure(self, name: str, measures: Mapping[str, Measure]) -> dict[str, list[float]]:
         """What every side took in every round."""
 
         def told(side: str, measure: Measure) -> Measure:
             def run(number: int) -> float:
                 found = measure(number)
-                self.tell(f"{name} {number + 1}/{rounds or self.plan.rounds} {side}: {found:.4g}")
+                self.tell(f"{name} {number + 1}/{self.plan.rounds} {side}: {found:.4g}")
                 return found
 
             return run
 
         sides = {side: told(side, measure) for side, measure in measures.items()}
-        return alternate(sides, rounds or self.plan.rounds)
+        return alternate(sides, self.plan.rounds)
 
     def add(
         self,
@@ -128,29 +140,16 @@ class Session:
         more_is_better: bool = False,
         **notes: object,
     ) -> None:
-        is_gated = (
-            self.plan.geometry == GATED_GEOMETRY
-            and self.plan.frames == GATED_FRAMES
-            and not torch.cuda.is_available()
-        )
-        metric = Metric(
-            name=name,
-            unit=unit,
-            more_is_better=more_is_better,
-            gate=GATES.get(name) if is_gated else None,
-            goal=GOALS.get(name) if is_gated else None,
-        )
-        self.rows.append(row(metric, ours, peer, **notes))
+        found = metric(self.plan, name, unit, more_is_better=more_is_better)
+        self.rows.append(row(found, ours, peer, **notes))
 
-    def both(
-        self, name: str, unit: str, run: Callable[[Side, int], float], rounds: int | None = None
-    ) -> None:
+    def both(self, name: str, unit: str, run: Callable[[Side, int], float]) -> None:
         """A row of what both sides do alike."""
         ours, peer = self.ours, self.peer
         measures: dict[str, Measure] = {"ours": lambda number: run(ours, number)}
         if peer is not None:
             measures["peer"] = lambda number: run(peer, number)
-        found = self.measure(name, measures, rounds)
+        found = self.measure(name, measures)
         self.add(name, unit, found["ours"], found.get("peer"))
 
 
@@ -229,7 +228,7 @@ def decode(session: Session) -> None:
 def _against_bandwidth(session: Session, steps_ms: Sequence[float]) -> None:
     """How near steps at batch 1 come to what the GPU's memory allows; the peer is the memory itself."""
     read = step_bytes(session.text, 1, session.context, element_bytes=2)
-    metric = Metric(
+    bound = Metric(
         name="decode_1_vs_bandwidth",
         unit="GB/s",
         more_is_better=True,
@@ -237,29 +236,34 @@ def _against_bandwidth(session: Session, steps_ms: Sequence[float]) -> None:
     )
     bandwidth = copy_bandwidth() / 1e9
     rates = [read / step_ms / 1e6 for step_ms in steps_ms]
-    session.rows.append(row(metric, rates, [bandwidth] * len(rates), peer_is="measured copy bandwidth"))
+    session.rows.append(row(bound, rates, [bandwidth] * len(rates), peer_is="measured copy bandwidth"))
 
 
-def memory(session: Session) -> None:
+def memory(plan: Plan, opened: Callable[[], AbstractContextManager[Session]]) -> list[Json]:
     """Peaks of processes that have done nothing else: after one request, then after a batch."""
-    for size in (1, BATCH):
-        job = Job(kind="together", asks=session.asks(size, 1), tokens=session.plan.tokens)
+    ours: dict[int, list[float]] = {1: [], BATCH: []}
+    peer: dict[int, list[float]] = {1: [], BATCH: []}
+    for number in range(plan.rounds):
+        with opened() as both:
+            for size in ours:
+                job = Job(kind="together", asks=both.asks(size, 1), tokens=plan.tokens)
+                for side, found in ((both.ours, ours), (both.peer, peer)):
+                    if side is not None:
+                        side.run(job)
+                        found[size].append(side.peak_bytes() / 2**20)
+                peaks = " and ".join(f"{found[size][-1]:.4g}" for found in (ours, peer) if found[size])
+                both.tell(f"memory_{size} {number + 1}/{plan.rounds}: {peaks} MiB")
+    return [row(metric(plan, f"memory_{size}", "MiB"), ours[size], peer[size] or None) for size in ours]
 
-        def peak_mib(side: Side, _: int, job: Job = job) -> float:
-            side.run(job)
-            return side.peak_bytes() / 2**20
 
-        session.both(f"memory_{size}", "MiB", peak_mib, rounds=1)
-
-
-METRICS: Mapping[str, Callable[[Session], None]] = {
+TIMED: Mapping[str, Callable[[Session], None]] = {
     "ttft": first_token,
     "second": second_question,
     "batch": batch,
     "shared": shared,
     "decode": decode,
-    "memory": memory,
 }
+METRICS = (*TIMED, "memory")
 
 
 def run(plan: Plan, open_side: OpenSide = RemoteSide, tell: Tell = lambda line: None) -> Json:
@@ -291,19 +295,17 @@ def run(plan: Plan, open_side: OpenSide = RemoteSide, tell: Tell = lambda line: 
             ask = Ask(video=next(videos), frames=CHECKED_FRAMES)
             checks.append(check_exactly(exact.ours, exact.peer, ask))
             tell(_told(checks[-1]))
-    names = plan.metrics or tuple(METRICS)
-    timed = [name for name in names if name != "memory"]
+    names = plan.metrics or METRICS
+    timed = [name for name in names if name in TIMED]
     if timed:
         with session(fast) as both:
             checks += _warm_up(both)
             for name in timed:
-                METRICS[name](both)
+                TIMED[name](both)
             rows += both.rows
     if "memory" in names:
         # pages as users have them, who do not size them for a benchmark
-        with session(msgspec.structs.replace(fast, kv_memory=None)) as both:
-            memory(both)
-            rows += both.rows
+        rows += memory(plan, lambda: session(msgspec.structs.replace(fast, kv_memory=None)))
     settings = {item.name: getattr(plan, item.name) for item in fields(plan) if item.name != "cache_dir"}
     return document("engine", settings, rows) | {"checks": checks}
 

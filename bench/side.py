@@ -7,17 +7,15 @@ own. Jobs and outcomes are JSON lines. Knows nothing about what is measured for 
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib import import_module
-from pathlib import Path
 from typing import IO, Literal, Protocol, Self
 
 import msgspec
 
+from mmserve.bench.memory import FilesWatch, peak_bytes
 from mmserve.bench.requests import Ask
 from mmserve.errors import MMServeError
 
@@ -71,7 +69,7 @@ class Side(Worker, Protocol):
     """A worker as the benchmark sees it."""
 
     def peak_bytes(self) -> int:
-        """The most memory that its processes have held since they started, summed."""
+        """The most memory that its processes, and its files in shared memory, have held so far, summed."""
         ...
 
 
@@ -95,6 +93,7 @@ class RemoteSide:
             stdout=subprocess.PIPE,
             env=environment,
         )
+        self._files = FilesWatch(self._process.pid)
         try:
             self._exchange(config)
         except BaseException:
@@ -127,7 +126,7 @@ class RemoteSide:
         return reply.outcome
 
     def peak_bytes(self) -> int:
-        return peak_bytes(self._process.pid)
+        return peak_bytes(self._process.pid) + self._files.peak_bytes
 
     def close(self) -> None:
         process = self._process
@@ -143,6 +142,7 @@ class RemoteSide:
             process.kill()
             process.wait()
         process.stdout.close()
+        self._files.close()
 
     def __enter__(self) -> Self:
         return self
@@ -151,35 +151,6 @@ class RemoteSide:
         if kind is not None:
             self._process.terminate()  # nobody waits for the job it may be doing
         self.close()
-
-
-def peak_bytes(pid: int) -> int:
-    """The largest resident sizes of a process and all below it, summed; ended ones no longer count."""
-    total = 0
-    for one in _tree(pid):
-        try:
-            status = Path(f"/proc/{one}/status").read_text()
-        except OSError:  # it has just ended
-            continue
-        found = re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)
-        total += int(found[1]) * 1024 if found else 0
-    return total
-
-
-def _tree(pid: int) -> Iterator[int]:
-    children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            # the name, in brackets, may hold anything
-            parent = int(path.read_text().rpartition(")")[2].split()[1])
-        except (OSError, IndexError):
-            continue
-        children.setdefault(parent, []).append(int(path.parent.name))
-    pending = [pid]
-    while pending:
-        one = pending.pop()
-        yield one
-        pending += children.get(one, [])
 
 
 def make_worker(name: str, config: SideConfig) -> Worker:

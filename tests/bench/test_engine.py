@@ -16,7 +16,8 @@ import torch
 from mmserve import cli
 from mmserve.bench import engine
 from mmserve.bench.engine import Plan, run
-from mmserve.bench.side import Job, Outcome, Side, SideConfig, make_worker, peak_bytes
+from mmserve.bench.memory import peak_bytes
+from mmserve.bench.side import Job, Outcome, Side, SideConfig, make_worker
 from mmserve.errors import BadRequest, MMServeError
 
 ROWS = (

@@ -7,14 +7,18 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import msgspec
 import pytest
 
+from mmserve.bench import memory
 from mmserve.bench import side as module
 from mmserve.bench.agreement import check_exactly, check_nearly
+from mmserve.bench.memory import FilesWatch, peak_bytes
 from mmserve.bench.requests import Ask
-from mmserve.bench.side import Job, Outcome, RemoteSide, SideConfig, peak_bytes, serve
+from mmserve.bench.side import Job, Outcome, RemoteSide, SideConfig, serve
 from mmserve.errors import MMServeError
 
 ASK = Ask(video=1, frames=2)
@@ -116,3 +120,22 @@ def test_first_tokens_may_differ_a_little() -> None:
         check_nearly(Outcome(candidates={1: -1.5}), peer)
     with pytest.raises(MMServeError, match=r"\[9\]"):
         check_nearly(Outcome(candidates={9: -0.5}), peer)
+
+
+def test_files_in_shared_memory_count_while_nobody_maps_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "SHARED_MEMORY", tmp_path)
+    for pid in (7, 8):
+        (tmp_path / f"mmserve-{pid}-0" / "leases").mkdir(parents=True)
+    watch = FilesWatch(7)
+    (tmp_path / "mmserve-8-0" / "leases" / "other").write_bytes(bytes(10_000_000))
+    lease = tmp_path / "mmserve-7-0" / "leases" / "one"
+    lease.write_bytes(bytes(1_000_000))
+    os.sync()  # a disk gives blocks late
+    until = time.monotonic() + 10
+    while not watch.peak_bytes and time.monotonic() < until:
+        time.sleep(0.01)
+    lease.unlink()
+    watch.close()
+    assert 1_000_000 <= watch.peak_bytes < 2_000_000

@@ -9,19 +9,28 @@ import argparse
 import json
 import subprocess
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from mmserve.bench.gpu import decode, dense, engine
+from mmserve.bench.gpu import codec, decode, dense, engine, sparse
 from mmserve.bench.gpu.measure import Part, Session
 from mmserve.bench.pairing import Json
 from mmserve.errors import MMServeError
 
-PARTS: Mapping[str, Part] = {"dense": dense.run, "decode": decode.run, "engine": engine.run}
-HEADER = ("metric", "ours", "peer", "ratio", "gate", "runs")
+PARTS: Mapping[str, Part] = {
+    "dense": dense.run,
+    "sparse": sparse.run,
+    "decode": decode.run,
+    "codec": codec.run,
+    "engine": engine.run,
+}
+HEADER = ("metric", "ours", "peer", "ratio", "gate", "runs", "notes")
+# all else in a row is a note
+PLAIN = {"metric", "unit", "ours", "peer", "ratio", "gate", "goal", "passed", "runs", "samples"}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -42,11 +51,16 @@ def main(arguments: Sequence[str]) -> int:
     names = list(PARTS) if options.part == "all" else [options.part]
     failed = False
     for name in names:
+        session.start_part()
         try:
             PARTS[name](session)
         except MMServeError as error:
             failed = True
             _tell(f"bench.gpu: {name}: {error.public_message}")
+        except Exception:
+            # whatever a part dies of, what was measured before is reported
+            failed = True
+            _tell(f"bench.gpu: {name} failed\n{traceback.format_exc()}")
     settings = {"part": options.part, "rounds": options.rounds, "smoke": options.smoke}
     report = document(session, settings)
     text = json.dumps(report)
@@ -80,8 +94,12 @@ def markdown(rows: Sequence[Json]) -> str:
         gate = "-"
         if "gate" in row:
             gate = f"{row['gate']:g} {'passed' if row['passed'] else 'missed'}"
+            if "goal" in row:
+                gate += f" (goal {row['goal']:g})"
         peer, ratio = ("-" if row[key] is None else f"{row[key]:g}" for key in ("peer", "ratio"))
-        lines.append((row["metric"], f"{row['ours']:g} {row['unit']}", peer, ratio, gate, str(row["runs"])))
+        notes = "; ".join(f"{name.replace('_', ' ')} {row[name]}" for name in row if name not in PLAIN)
+        ours = f"{row['ours']:g} {row['unit']}"
+        lines.append((row["metric"], ours, peer, ratio, gate, str(row["runs"]), notes or "-"))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

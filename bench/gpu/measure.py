@@ -5,6 +5,7 @@ Knows nothing about attention.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from mmserve.errors import MMServeError
 
 Run = Callable[[], object]
 MEASURED_S = 0.05  # a shorter run is repeated until it takes about as long
+PART_S = 420.0  # after which a part starts nothing more, so that it ends within 8 minutes
 CPU_PROBE_BYTES = 1 << 20
 
 
@@ -32,50 +34,80 @@ class Session:
     tell: Callable[[str], None]
     rows: list[Json] = field(default_factory=list)
     checks: list[Json] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)  # peers that this machine does not have
+    # peers that this machine does not have, and what there was no time for
+    missing: list[str] = field(default_factory=list)
+    _until: float = math.inf
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
+    def start_part(self) -> None:
+        self._until = time.monotonic() + PART_S
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the end of the part."""
+        return self._until - time.monotonic()
+
+    def has_time(self, what: str, needed_s: float = 0.0) -> bool:
+        """Whether this can be measured within the part's time; if not, it counts as missing."""
+        if self.seconds_left > needed_s:
+            return True
+        self.missing.append(f"{what}: no time left")
+        self.tell(self.missing[-1])
+        return False
+
     def check(self, what: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
-        """Raise MMServeError unless all are near."""
-        difference = float((found.float() - expected.float()).abs().max())
+        """Raise MMServeError unless all are near: relative to those expected numbers that are above 1."""
+        expected = expected.float()
+        difference = float(((found.float() - expected).abs() / expected.abs().clamp(min=1)).max())
         # a NaN is not below anything
         if not difference <= tolerance:
             raise MMServeError(
                 f"Expected {what} within {tolerance:g}, but it differs by {difference:.3g}; "
                 "no speed is reported for other numbers"
             )
-        entry = {"what": what, "compared": found.numel(), "max_abs_difference": difference}
+        entry = {"what": what, "compared": found.numel(), "max_difference": difference}
         self.checks.append(entry | {"tolerance": tolerance})
         self.tell(f"{what}: within {difference:.2g}")
 
-    def times(self, name: str, sides: Mapping[str, Run]) -> dict[str, list[float]]:
-        """Seconds that every side took in every round, in turn; peers that cannot run are left out."""
+    def times(
+        self, name: str, sides: Mapping[str, Run], within_s: float = math.inf
+    ) -> dict[str, list[float]]:
+        """Seconds that every side took in every round, in turn; peers that cannot run are left out.
+
+        Fewer rounds, but at least one, where all of them would take longer than `within_s` or the part has.
+        """
         measures: dict[str, Measure] = {}
+        round_s = 0.0
         for side, run in sides.items():
             try:
-                measures[side] = self._measure(run)
+                measures[side], expected_s = self._measure(run)
             except RuntimeError as error:
                 if side == "ours":
                     raise
                 self.missing.append(f"{name}: {side}: {str(error).splitlines()[0]}")
                 self.tell(self.missing[-1])
-        taken = alternate(measures, self.rounds)
+            else:
+                round_s += expected_s
+        most = min(within_s, max(self.seconds_left, 0.0)) / max(round_s, 1e-6)
+        taken = alternate(measures, max(1, int(min(self.rounds, most))))
         for side, seconds in taken.items():
             self.tell(f"{name} {side}: {median(seconds) * 1e3:.4g} ms")
         return taken
 
-    def _measure(self, run: Run) -> Measure:
-        run()  # compiles
-        first = timed(run, self.device)
-        repeats = 1 if self.is_smoke else max(1, round(MEASURED_S / max(first, 1e-6)))
+    def _measure(self, run: Run) -> tuple[Measure, float]:
+        """What times one round of a side, and about how long that takes."""
+        first, repeats = timed(run, self.device), 1  # compiles
+        if not self.is_smoke:
+            first = timed(run, self.device)
+            repeats = max(1, round(MEASURED_S / max(first, 1e-6)))
 
         def measure(_: int) -> float:
             return timed(run, self.device, repeats)
 
-        return measure
+        return measure, first * repeats
 
     def add(
         self, metric: Metric, ours: Sequence[float], peer: Sequence[float] | None, **notes: object

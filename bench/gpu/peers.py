@@ -39,6 +39,8 @@ def flex(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Attend]:
     if q.device.type != "cuda":
         return {}
     mask = causal_blocks(q.shape[2], q.device)
+    # each length compiles anew, and after a few torch would fall back to whole matrices of scores
+    torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attend() -> Tensor:

@@ -29,6 +29,7 @@ REQUIRED = {
     "fastapi": "the HTTP server",
     "uvicorn": "the HTTP server",
     "httpx": "fetching media",
+    "lmdb": "embeddings kept on disk",
 }
 # distribution -> what it is for, and the extra that brings it ("" when the base install does)
 OPTIONAL = {
@@ -37,6 +38,7 @@ OPTIONAL = {
     "torchcodec": ("the third video decoder", "torchcodec"),
     "gradio": ("the demo page", "demo"),
     "ray": ("several machines", "cluster"),
+    "redis": ("embeddings shared between servers", "redis"),
 }
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8")
 MIN_PYTHON = (3, 11)

@@ -9,17 +9,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from mmserve.encoders.cache import EmbeddingCache, Entry
-
-ROW_BYTES = 4 * 3 + 4  # a token of width 3 in fp32, and its saliency
-
-
-def key(name: int) -> bytes:
-    return bytes([name]) * 32
-
-
-def entry(tokens: int, value: float = 0.0) -> Entry:
-    return Entry(torch.full((tokens, 3), value), torch.full((tokens,), value))
+from mmserve.encoders.cache import EmbeddingCache
+from mmserve.encoders.tiers.record import Entry
+from tests.encoders.entries import ROW_BYTES, entry, key
 
 
 def test_the_least_recently_used_entry_goes_first() -> None:
@@ -30,7 +22,7 @@ def test_the_least_recently_used_entry_goes_first() -> None:
     cache.put(key(3), entry(2))
     assert cache.get(key(2)) is None
     assert cache.get(key(1)) is not None
-    assert cache.stats() == (2, 4 * ROW_BYTES, 5 * ROW_BYTES, 2, 1, 1)
+    assert cache.stats() == (2, 4 * ROW_BYTES, 5 * ROW_BYTES, 2, 1, 1, ())
 
 
 def test_what_is_larger_than_the_cache_is_not_stored() -> None:
@@ -50,6 +42,35 @@ def test_a_row_of_a_batch_is_stored_as_its_own_memory() -> None:
     assert found is not None
     assert found.embeddings.untyped_storage().nbytes() == 2 * 3 * 4
     assert float(found.embeddings.sum()) == 0.0
+
+
+def test_a_flood_evicts_only_its_own_tenant() -> None:
+    """R18."""
+    cache = EmbeddingCache(8 * ROW_BYTES)
+    for name in range(3):
+        cache.put(key(name), entry(1), tenant="quiet")
+    for name in range(100, 200):
+        cache.put(key(name), entry(2), tenant="loud")
+    assert len(cache.get_many([key(name) for name in range(3)], tenant="quiet")) == 3
+    assert cache.get(key(199), tenant="loud") is not None
+
+
+def test_shares_of_equal_tenants_end_equal() -> None:
+    cache = EmbeddingCache(8 * ROW_BYTES)
+    for name in range(8):
+        cache.put(key(name), entry(1), tenant="first")
+    for name in range(100, 120):
+        cache.put(key(name), entry(1), tenant="second")
+    assert len(cache.get_many([key(name) for name in range(8)])) == 4
+
+
+def test_an_entry_of_another_size_is_a_miss() -> None:
+    """R17."""
+    cache = EmbeddingCache(8 * ROW_BYTES)
+    cache.put(key(1), entry(2))
+    assert cache.get(key(1), tokens=3) is None
+    assert cache.get(key(1), tokens=2) is not None
+    assert (cache.stats().hits, cache.stats().misses) == (1, 1)
 
 
 CAPACITY = 7 * ROW_BYTES

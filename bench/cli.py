@@ -83,3 +83,35 @@ def engine(
     except BadRequest as error:
         raise typer.BadParameter(error.public_message) from error
     bench.command(plan, json_out)
+
+
+@app.command()
+def media(
+    rounds: Annotated[int, typer.Option(help="Paired runs of every cell.", min=1, metavar="N")] = 7,
+    backends: Annotated[
+        str,
+        typer.Option(
+            help="What decodes videos: a comma list of pyav, decord, torchcodec.", metavar="NAME[,NAME]"
+        ),
+    ] = "installed",
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where videos are kept; by default the user's cache.", file_okay=False),
+    ] = None,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", help="Write the report as JSON; - prints it.", metavar="OUT")
+    ] = None,
+) -> None:
+    """Measure video decoding: 32 and 120 frames of a minute of 720p with short and with long GOPs.
+
+    Beside each backend run PyAV with a seek per frame, PyAV in sequence, and transformers' own loading, in
+    turn and on one core. A row's peer is the quickest of them; a ratio above 1 is a win over it.
+    """
+    from mmserve.bench import media as bench
+
+    names = None if backends == "installed" else tuple(dict.fromkeys(backends.split(",")))
+    try:
+        plan = bench.Plan(rounds=rounds, backends=names, cache_dir=cache_dir)
+    except BadRequest as error:
+        raise typer.BadParameter(error.public_message) from error
+    bench.command(plan, json_out)

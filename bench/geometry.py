@@ -138,7 +138,7 @@ def checkpoint(name: str, seed: int = 0, cache_dir: Path | None = None) -> Path:
     The seed gives the same weights on every machine of a kind: a GPU's random numbers are not a CPU's.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = (cache_dir or _cache_dir()) / f"{name}-{seed}-{device}-{LAYOUT}"
+    folder = (cache_dir or default_cache_dir()) / f"{name}-{seed}-{device}-{LAYOUT}"
     if folder.is_dir():
         return folder
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.part")
@@ -264,6 +264,6 @@ def _weight(
     return torch.randn(shape, generator=generator, device=device) * scale
 
 
-def _cache_dir() -> Path:
+def default_cache_dir() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(base) / "mmserve" / "bench"

@@ -21,6 +21,8 @@ GiB = 1 << 30
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 KVDtype = Literal["auto", "bf16", "fp8", "int8", "int4"]
+EmbeddingStorage = Literal["auto", "int8", "fp8"]
+VideoBackend = Literal["pyav", "decord", "torchcodec"]
 
 _T = TypeVar("_T")
 
@@ -125,12 +127,35 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingTiers:
+    """Where an encode worker keeps embeddings beyond its own memory: nowhere, until a place is named."""
+
+    host_bytes: int | None = None  # of a GPU worker's host, pinned
+    disk_path: str | None = None  # a directory; all encode workers of a host may share it
+    disk_bytes: int = 10 * GiB
+    redis_url: str | None = field(default=None, repr=False)  # Redis or Valkey; it may hold a password
+    redis_timeout_s: float = 0.05  # per record; who is slower is left alone for a while
+    redis_expire_s: int = 86_400
+    storage: EmbeddingStorage = "auto"  # on disk and in Redis: the numbers as they are, or one byte each
+
+    def __post_init__(self) -> None:
+        _settle(self, "cache.embedding_tiers")
+        for name in ("host_bytes", "redis_timeout_s", "redis_expire_s"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"cache.embedding_tiers.{name}", "more than 0", value)
+        least = 16 * MiB
+        expected = f"at least {least}"
+        _require(self.disk_bytes >= least, "cache.embedding_tiers.disk_bytes", expected, self.disk_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CacheSizes:
     """Memory of one worker for what it keeps."""
 
     embedding_cache_bytes: int = 256 * MiB
     kv_memory_bytes: int | None = None  # None: 1 GiB on a CPU, what is left on a GPU
     gpu_memory_utilization: float = 0.9  # share of a GPU's memory that a language worker may fill
+    embedding_tiers: EmbeddingTiers = field(default_factory=EmbeddingTiers)
 
     def __post_init__(self) -> None:
         _settle(self, "cache")
@@ -154,6 +179,7 @@ class ServeConfig:
     threads: int | None = None  # per worker; None divides the cores among the workers
     # prompt rows and decodes of one step of the language model; None: 512 on a CPU, 8192 on a GPU
     max_num_batched_tokens: int | None = None
+    video_backend: VideoBackend = "pyav"  # what decodes videos
     deadline_s: float = 300.0  # a request that is not done by then fails
     methods: MethodDefaults = field(default_factory=MethodDefaults)
     media: MediaPolicy = field(default_factory=MediaPolicy)
@@ -202,6 +228,8 @@ def to_mapping(config: ServeConfig, *, hide_keys: bool = False) -> dict[str, Any
     assert isinstance(plain, dict)
     if hide_keys and config.api_key is not None:
         plain["api_key"] = ["***" for _ in config.api_key]
+    if hide_keys and config.cache.embedding_tiers.redis_url is not None:
+        plain["cache"]["embedding_tiers"]["redis_url"] = "***"
     return plain
 
 

@@ -14,6 +14,8 @@ from mmserve.sampling import Logprob, SamplingParams
 
 Modality = Literal["image", "video"]
 
+SEGMENT_FRAMES = 8  # of a video that are decoded, encoded and published together
+
 
 class _Data(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     pass
@@ -24,12 +26,16 @@ class MediaOptions(_Data, frozen=True):
 
     At most one of the two is given; with neither, up to `num_frames` 32 are sampled. Only frames shown
     from `start_s` up to, but without, `end_s` are used; `fps` keeps to the media's own clock all the same.
+    `keyframes_only` samples among the frames that decode without any other. Frames of more than
+    `max_pixels` are scaled down in their own shape.
     """
 
     num_frames: int | None = None
     fps: float | None = None
     start_s: float = 0.0
     end_s: float | None = None
+    max_pixels: int | None = None
+    keyframes_only: bool = False
 
 
 class MediaRef(_Data, frozen=True):

@@ -12,7 +12,15 @@ import msgspec
 import pytest
 
 from mmserve import config
-from mmserve.config import Limits, ServeConfig, from_mapping, load_config, to_mapping
+from mmserve.config import (
+    CacheSizes,
+    EmbeddingTiers,
+    Limits,
+    ServeConfig,
+    from_mapping,
+    load_config,
+    to_mapping,
+)
 from mmserve.errors import ConfigError
 from mmserve.request import Methods
 
@@ -90,6 +98,13 @@ def test_plain_yaml_values_become_the_annotated_types() -> None:
         ({"limits": {"min_side": 20_000}}, ("limits.min_side", "16384", "20000")),
         ({"limits": {"max_tokens": 70_000}}, ("limits.max_tokens", "65536", "70000")),
         ({"cache": {"kv_memory_bytes": 0}}, ("cache.kv_memory_bytes", "more than 0", "0")),
+        ({"cache": {"embedding_tiers": {"disk": "x"}}}, ("embedding_tiers.disk'", "disk_path")),
+        (
+            {"cache": {"embedding_tiers": {"disk_bytes": 1}}},
+            ("embedding_tiers.disk_bytes", "at least 16777216"),
+        ),
+        ({"cache": {"embedding_tiers": {"storage": "int4"}}}, ("embedding_tiers.storage", "auto, int8, fp8")),
+        ({"cache": {"embedding_tiers": {"redis_timeout_s": 0}}}, ("redis_timeout_s", "more than 0")),
         ({"api_key": []}, ("api_key", "one or more keys")),
         ({"api_key": ["a", ""]}, ("api_key", "none of them empty")),
         ([], ("the configuration", "a mapping", "list")),
@@ -136,6 +151,11 @@ def test_keys_stay_out_of_logs() -> None:
     sent = ServeConfig(api_key=("secret-1", "secret-2"))
     assert to_mapping(sent, hide_keys=True)["api_key"] == ["***", "***"]
     assert "secret" not in repr(sent)
+    cache = CacheSizes(embedding_tiers=EmbeddingTiers(redis_url="redis://:secret@host"))
+    sent = ServeConfig(cache=cache)
+    assert "secret" not in repr(sent)
+    assert "secret" not in str(to_mapping(sent, hide_keys=True))
+    assert from_mapping(to_mapping(sent)) == sent
     assert to_mapping(ServeConfig(), hide_keys=True)["api_key"] is None
 
 

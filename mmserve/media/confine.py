@@ -13,6 +13,7 @@ import resource
 import signal
 import struct
 import sys
+from pathlib import Path
 
 from mmserve.media.limits import MediaLimits
 
@@ -53,8 +54,9 @@ def die_with_parent(parent_pid: int) -> None:
 
 
 def limit_resources(limits: MediaLimits) -> None:
+    """What the process has mapped so far, its libraries, comes on top of its memory."""
     for kind, value in (
-        (resource.RLIMIT_AS, limits.process_memory_bytes),
+        (resource.RLIMIT_AS, _mapped_bytes() + limits.process_memory_bytes),
         (resource.RLIMIT_NOFILE, limits.process_open_files),
         (resource.RLIMIT_FSIZE, limits.max_decoded_bytes),
         (resource.RLIMIT_CORE, 0),
@@ -62,6 +64,11 @@ def limit_resources(limits: MediaLimits) -> None:
         _, hard = resource.getrlimit(kind)
         ceiling = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (ceiling, ceiling))
+
+
+def _mapped_bytes() -> int:
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[0]) * resource.getpagesize() if statm.exists() else 0
 
 
 def allow_cpu(seconds: int) -> None:

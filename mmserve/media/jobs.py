@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmserve.errors import MediaError, MMServeError, Unavailable, WireError
-from mmserve.media import confine
+from mmserve.media import backends, confine
 from mmserve.media.image import decode_image, plan_image
 from mmserve.media.limits import MediaLimits
 from mmserve.media.plan import MediaPlan
@@ -39,9 +39,9 @@ from mmserve.media.protocol import (
     pack,
     unpack_job,
 )
-from mmserve.media.video import VideoReader, plan_video
+from mmserve.media.video import plan_video
 
-_OPEN_READERS = 2
+_OPEN_READERS = 4
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
     if not isinstance(start, StartDecoder):
         raise WireError("Expected the decoder to be started first")
     confine.die_with_parent(start.parent_pid)
+    backends.load(start.limits.video_backend)
     confine.limit_resources(start.limits)
     confine.refuse_system_calls()
     av.logging.set_level(None)
@@ -75,7 +76,7 @@ class Decoder:
     def __init__(self, directory: Path, limits: MediaLimits) -> None:
         self._directory = directory
         self._limits = limits
-        self._readers: OrderedDict[tuple[str, MediaPlan], VideoReader] = OrderedDict()
+        self._readers: OrderedDict[tuple[str, MediaPlan], backends.FrameReader] = OrderedDict()
 
     def answer(self, job: Job) -> Reply:
         try:
@@ -132,11 +133,11 @@ class Decoder:
         else:
             raise WireError("Expected an image or a video to decode")
 
-    def _reader(self, job: DecodeMedia) -> VideoReader:
+    def _reader(self, job: DecodeMedia) -> backends.FrameReader:
         key = (job.ref.path, job.plan)
         reader = self._readers.get(key)
         if reader is None:
-            reader = VideoReader(job.ref.path, job.plan, self._limits)
+            reader = backends.open_reader(job.ref.path, job.plan, self._limits)
             self._readers[key] = reader
             if len(self._readers) > _OPEN_READERS:
                 self._readers.popitem(last=False)[1].close()

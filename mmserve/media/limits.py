@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from mmserve.errors import MediaError
+from mmserve.errors import ConfigError, MediaError
 
 if TYPE_CHECKING:  # the decoding process has no use for a deployment's configuration
-    from mmserve.config import Limits
+    from mmserve.config import Limits, VideoBackend
 
 DEFAULT_FRAMES = 32
+_LIBRARIES = {"pyav": "av", "decord": "decord", "torchcodec": "torchcodec"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaLimits:
     """Budgets of a single item. Every `max_` is inclusive; sides and pixels are of one frame.
 
-    `max_total_pixels` sums the sampled frames of an item, `max_decoded_bytes` bounds one decode call.
-    The `process_` values bound the decoder's own process.
+    `max_total_pixels` sums the sampled frames of an item, `max_decoded_bytes` bounds one decode call and
+    `max_ahead_bytes` what is decoded before it is taken, of all items of a worker. The `process_` values
+    bound the decoder's own process, its memory beyond what its libraries occupy; `video_backend` decodes
+    videos there.
     """
 
     max_image_bytes: int = 20_000_000
@@ -35,7 +39,9 @@ class MediaLimits:
     max_duration_s: float = 14_400.0
     max_source_frames: int = 500_000
     max_decoded_bytes: int = 1 << 30
-    decode_threads: int = 2
+    max_ahead_bytes: int = 1 << 28
+    video_backend: str = "pyav"
+    decode_threads: int = 1
     process_memory_bytes: int = 4 << 30
     process_open_files: int = 64
     process_jobs: int = 200
@@ -44,8 +50,10 @@ class MediaLimits:
     start_deadline_s: float = 20.0
 
     @classmethod
-    def from_config(cls, limits: Limits) -> MediaLimits:
+    def from_config(cls, limits: Limits, video_backend: VideoBackend = "pyav") -> MediaLimits:
         """The part of a deployment's limits that concerns one item."""
+        if find_spec(_LIBRARIES[video_backend]) is None:
+            raise ConfigError(f"Expected a video_backend that is installed, but got {video_backend}")
         return cls(
             max_image_bytes=limits.max_image_bytes,
             max_image_fetch_s=limits.max_image_fetch_s,
@@ -60,6 +68,7 @@ class MediaLimits:
             max_total_pixels=limits.max_total_pixels,
             max_duration_s=limits.max_duration_s,
             job_deadline_s=limits.job_deadline_s,
+            video_backend=video_backend,
         )
 
     def max_bytes(self, modality: str) -> int:

@@ -23,16 +23,19 @@ MAX_FPS = 1000.0
 class VideoIndex(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How to find the sampled frames again, parallel to `MediaPlan.times_s`.
 
-    `pts` are in the stream's ticks; `seek_to[i]` is where a seek must land so that decoding forward
-    yields frame i, in the clock the container seeks by; `start` is that of the stream's first frame.
+    `container` is FFmpeg's name of the kind of file. `pts` are in the stream's ticks; `seek_to[i]` is where
+    a seek must land so that decoding forward yields frame i, in the clock the container seeks by; `start`
+    is that of the stream's first frame. `gop_start[i]` is the number of the keyframe that frame i needs.
     `turn` makes a decoded frame upright: swap its axes, then mirror its rows, then its columns.
     """
 
+    container: str
     stream: int
     start: int
     turn: tuple[bool, bool, bool]
     pts: tuple[int, ...]
     seek_to: tuple[int, ...]
+    gop_start: tuple[int, ...]
 
 
 class MediaPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -70,6 +73,8 @@ def check_options(options: MediaOptions, limits: MediaLimits) -> None:
             raise BadRequest(f"Expected num_frames of at least 1, but got {count}")
         if count > limits.max_frames:
             raise MediaError(f"Expected num_frames of at most {limits.max_frames}, but got {count}")
+    if options.max_pixels is not None and options.max_pixels < 1:
+        raise BadRequest(f"Expected max_pixels of at least 1, but got {options.max_pixels}")
     if options.start_s < 0 or (options.end_s is not None and options.end_s <= options.start_s):
         found = f"{options.start_s:g} to {options.end_s}"
         raise BadRequest(f"Expected a start of 0 s or later and an end after it, but got {found}")

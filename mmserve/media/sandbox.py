@@ -1,7 +1,7 @@
 """Decoding in a process of its own that may crash, hang or be taken over without harm to the worker.
 
 `Sandbox` is the worker's side; `python -m mmserve.media.sandbox` is the process. Imports no torch and,
-on the worker's side, no decoder. Knows nothing about models.
+on the worker's side, no decoder. Knows nothing about models, or that there may be several of it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import secrets
 import select
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -46,7 +45,9 @@ from mmserve.request import MediaRef
 
 _PACKAGE_ROOT = str(Path(__file__).parents[2])
 _READ_BYTES = 1 << 16
+_CLOSED = "The media decoder is closed"
 _Wanted = TypeVar("_Wanted", bound=Reply)
+_Result = TypeVar("_Result")
 
 log = logging.getLogger(__name__)
 
@@ -60,36 +61,75 @@ class Decoded(NamedTuple):
     decode_ms: float
 
 
-class Sandbox:
-    """One decoding process, started again whenever it dies. Calls from several threads take turns.
+def check_positions(plan: MediaPlan, positions: Sequence[int] | None) -> tuple[int, ...]:
+    """In order and each once; None means all."""
+    wanted = tuple(sorted(set(range(plan.num_frames) if positions is None else positions)))
+    if wanted and not 0 <= wanted[0] <= wanted[-1] < plan.num_frames:
+        found = f"{wanted[0]} to {wanted[-1]}"
+        raise MediaError(f"Expected positions from 0 to {plan.num_frames - 1}, but got {found}")
+    return wanted
 
-    `directory` is where frames pass through; nothing stays in it. Every call ends by
-    `limits.job_deadline_s`: what is not done by then is killed and the media is blamed.
+
+class Sandbox:
+    """One decoding process, started again whenever it dies, and the thread that talks to it.
+
+    Jobs wait in line, from whatever thread they come. `directory` is where frames pass through; nothing
+    stays in it. Every job ends `limits.job_deadline_s` after it began: what is not done by then is
+    killed and the media is blamed.
     """
 
     def __init__(self, directory: str | Path, limits: MediaLimits | None = None) -> None:
         self._directory = Path(directory)
         self._limits = limits or MediaLimits()
-        self._lock = threading.Lock()
         self._is_closed = False
+        self._process: _Process | None = None
         # the kernel kills a child when the *thread* that started it ends, so one thread starts them
         # all and lives as long as the sandbox
-        self._starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="media-sandbox")
-        self._next: Future[_Process] = self._starter.submit(_Process, self._directory, self._limits)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="media-sandbox")
+        self._thread.submit(self._prepare)
 
     def plan(self, ref: MediaRef) -> MediaPlan:
         """Which frames of the item will be used; an image has one."""
+        return self.submit_plan(ref).result()
+
+    def decode(self, ref: MediaRef, plan: MediaPlan, positions: Sequence[int] | None = None) -> Decoded:
+        """The frames at these positions of the plan, or all of them."""
+        return self.submit_decode(ref, plan, check_positions(plan, positions)).result()
+
+    def submit_plan(self, ref: MediaRef) -> Future[MediaPlan]:
+        return self._submit(lambda: self._plan(ref))
+
+    def submit_decode(self, ref: MediaRef, plan: MediaPlan, wanted: tuple[int, ...]) -> Future[Decoded]:
+        """`wanted` are checked positions."""
+        return self._submit(lambda: self._decode(ref, plan, wanted))
+
+    def close(self) -> None:
+        """Kill the process, also under a running job, which then fails, as do those in line."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if (process := self._process) is not None:
+            process.interrupt()
+        self._thread.submit(self._stop)
+        self._thread.shutdown(wait=True)
+
+    def _submit(self, job: Callable[[], _Result]) -> Future[_Result]:
+        if self._is_closed:
+            raise Unavailable(_CLOSED)
+        try:
+            return self._thread.submit(job)
+        except RuntimeError as error:  # closed in between
+            raise Unavailable(_CLOSED) from error
+
+    # what follows runs on the sandbox's thread
+
+    def _plan(self, ref: MediaRef) -> MediaPlan:
         if ref.path.endswith(SUFFIX):
             return plan_array(ref, self._limits)
         check_options(ref.options, self._limits)
         return self._ask(PlanMedia(ref=ref), MediaPlanned).plan
 
-    def decode(self, ref: MediaRef, plan: MediaPlan, positions: Sequence[int] | None = None) -> Decoded:
-        """The frames at these positions of the plan, or all of them."""
-        wanted = tuple(sorted(set(range(plan.num_frames) if positions is None else positions)))
-        if wanted and not 0 <= wanted[0] <= wanted[-1] < plan.num_frames:
-            found = f"{wanted[0]} to {wanted[-1]}"
-            raise MediaError(f"Expected positions from 0 to {plan.num_frames - 1}, but got {found}")
+    def _decode(self, ref: MediaRef, plan: MediaPlan, wanted: tuple[int, ...]) -> Decoded:
         if plan.kind == "array":
             return self._copy_array(ref, plan, wanted)
         name = f"{secrets.token_hex(16)}.frames"
@@ -113,46 +153,51 @@ class Sandbox:
         frames = np.array(stored[list(wanted)], dtype=np.uint8)
         return Decoded(frames, wanted, (), (time.perf_counter() - began) * 1e3)
 
-    def close(self) -> None:
-        """Kill the process, also under a running call, which then raises."""
-        if self._is_closed:
-            return
-        self._is_closed = True
-        self._next.add_done_callback(_interrupt_started)
-        with self._lock:  # a running call has seen the death and ended
-            self._next.add_done_callback(_kill_started)
-        self._starter.shutdown(wait=True)
-
     def _ask(self, job: PlanMedia | DecodeMedia, expected: type[_Wanted]) -> _Wanted:
-        with self._lock:
+        process = self._start()
+        try:
+            reply = process.ask(job, self._limits.job_deadline_s)
+        except (OSError, EOFError, TimeoutError, WireError) as error:
+            self._replace()
             if self._is_closed:
-                raise Unavailable("The media decoder is closed")
-            process = self._next.result()
-            try:
-                reply = process.ask(job, self._limits.job_deadline_s)
-            except (OSError, EOFError, TimeoutError, WireError) as error:
-                self._replace(process)
-                if self._is_closed:
-                    raise Unavailable("The media decoder was closed") from error
-                log.warning("media decoder ended: %s, exit status %s", type(error).__name__, process.status)
-                if isinstance(error, TimeoutError):
-                    limit = f"{self._limits.job_deadline_s:g} s"
-                    raise MediaError(
-                        f"Expected media that decodes within {limit}, but it took longer"
-                    ) from error
-                raise MediaError("The media made the decoder fail") from error
-            if process.jobs >= self._limits.process_jobs:
-                self._replace(process)
+                raise Unavailable("The media decoder was closed") from error
+            log.warning("media decoder ended: %s, exit status %s", type(error).__name__, process.status)
+            if isinstance(error, TimeoutError):
+                limit = f"{self._limits.job_deadline_s:g} s"
+                raise MediaError(f"Expected media that decodes within {limit}, but it took longer") from error
+            raise MediaError("The media made the decoder fail") from error
+        if process.jobs >= self._limits.process_jobs:
+            self._replace()
         if isinstance(reply, JobFailed):
             raise from_code(reply.code, reply.message)
         if not isinstance(reply, expected):
             raise WireError("Expected another answer from the media decoder")
         return reply
 
-    def _replace(self, process: _Process) -> None:
-        process.kill()
+    def _start(self) -> _Process:
+        if self._process is None and not self._is_closed:
+            self._process = _Process(self._directory, self._limits)
+        # looked at after the process is known to `close`, so that one of the two sees the other
+        if self._is_closed or self._process is None:
+            raise Unavailable(_CLOSED)
+        return self._process
+
+    def _prepare(self) -> None:
+        """Start before somebody waits for it. Who asks for a job starts again, and is told why not."""
+        try:
+            self._start()
+        except Unavailable as error:
+            log.warning("media decoder not started: %s", error.public_message)
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process = None
+
+    def _replace(self) -> None:
+        self._stop()
         if not self._is_closed:
-            self._next = self._starter.submit(_Process, self._directory, self._limits)
+            self._thread.submit(self._prepare)
 
 
 class _Process:
@@ -239,16 +284,6 @@ def _wait(fd: int, event: int, until: float) -> None:
     poll.register(fd, event)
     if not poll.poll(max(0.0, until - time.monotonic()) * 1e3):
         raise TimeoutError
-
-
-def _interrupt_started(started: Future[_Process]) -> None:
-    if not started.cancelled() and started.exception() is None:
-        started.result().interrupt()
-
-
-def _kill_started(started: Future[_Process]) -> None:
-    if not started.cancelled() and started.exception() is None:
-        started.result().kill()
 
 
 def _map_frames(path: Path, shape: tuple[int, int, int, int]) -> npt.NDArray[np.uint8]:

@@ -27,6 +27,10 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option(help="Asked of every client.", envvar="MMSERVE_API_KEY", show_envvar=True)
     ] = None,
+    video_backend: Annotated[
+        str | None,
+        typer.Option(help="What decodes videos: pyav by default, decord, or torchcodec.", metavar="NAME"),
+    ] = None,
     demo: Annotated[bool, typer.Option("--demo", help="Also serve the demo page.")] = False,
     kv_memory: Annotated[
         str | None,
@@ -69,6 +73,7 @@ def serve(
         "host": host,
         "port": port,
         "api_key": None if api_key is None else (api_key,),
+        "video_backend": video_backend,
         "max_num_batched_tokens": max_num_batched_tokens,
         "cache": replace(resolved.cache, **_given(cache)),
     }

@@ -78,8 +78,14 @@ class StreamOptions(_Part):
 
 
 class VideoOptions(_Part):
+    """How videos are sampled; `start` and `end` are seconds, `keyframes` takes those frames alone."""
+
     num_frames: Whole = None
     fps: Number = None
+    start: Number = None
+    end: Number = None
+    max_pixels: Whole = None
+    keyframes: Flag = None
 
 
 class MediaIoOptions(_Part):
@@ -89,8 +95,8 @@ class MediaIoOptions(_Part):
     image: Annotated[dict[str, Any] | None, Field(description="an object", max_length=0)] = None
 
 
-class OwnOptions(_Part):
-    """The field `mmserve`: how the work is made smaller, and whether to report on it."""
+class OwnOptions(VideoOptions):
+    """The field `mmserve`: how media are sampled, the work is made smaller, and whether to report on it."""
 
     prune: Text = None
     keep: Number = None
@@ -98,8 +104,6 @@ class OwnOptions(_Part):
     kv: Text = None
     kv_budget: Number = None
     kv_dtype: Text = None
-    num_frames: Whole = None
-    fps: Number = None
     report: Flag = None
 
 
@@ -222,9 +226,10 @@ def methods_of(request: ChatRequest, defaults: MethodDefaults) -> Methods:
 
 def media_options_of(request: ChatRequest, limits: Limits) -> MediaOptions:
     """Our own fields win over vLLM's."""
-    chosen: OwnOptions | VideoOptions = request.own
+    chosen: VideoOptions = request.own
     where = "mmserve"
-    if chosen.num_frames is None and chosen.fps is None and request.media_io_kwargs:
+    is_given = any(getattr(chosen, name) is not None for name in VideoOptions.model_fields)
+    if not is_given and request.media_io_kwargs:
         chosen = request.media_io_kwargs.video or VideoOptions()
         where = "media_io_kwargs.video"
     frames, fps = chosen.num_frames, chosen.fps
@@ -234,7 +239,21 @@ def media_options_of(request: ChatRequest, limits: Limits) -> MediaOptions:
         raise FieldError(where, f"Expected num_frames of 1 to {limits.max_frames}, but got {frames}")
     if fps is not None and not 0 < fps <= 240:
         raise FieldError(where, f"Expected fps of above 0, at most 240, but got {fps:g}")
-    return MediaOptions(num_frames=frames, fps=fps)
+    start, end = chosen.start or 0.0, chosen.end
+    if start < 0 or (end is not None and end <= start):
+        raise FieldError(
+            where, f"Expected a start of 0 or later and an end after it, but got {start:g} to {end}"
+        )
+    if chosen.max_pixels is not None and chosen.max_pixels < 1:
+        raise FieldError(where, f"Expected max_pixels of 1 or more, but got {chosen.max_pixels}")
+    return MediaOptions(
+        num_frames=frames,
+        fps=fps,
+        start_s=start,
+        end_s=end,
+        max_pixels=chosen.max_pixels,
+        keyframes_only=chosen.keyframes or False,
+    )
 
 
 def _check_extra(kind: type[BaseModel], extra: dict[str, Any]) -> None:

@@ -77,9 +77,11 @@ BARE_LIBRARIES = frozenset({"torch", "triton", "numpy", "safetensors", "transfor
 OWNERS = {
     "zmq": {"queues"},
     "PIL": {"media", "evaluation"},
-    "av": {"media", "evaluation"},
+    "av": {"media", "evaluation", "bench"},
     "decord": {"media"},
     "torchcodec": {"media"},
+    "lmdb": {"encoders"},
+    "redis": {"encoders"},
     # batch and cli are HTTP clients of a running server, never fetchers of media
     "httpx": {"media", "batch", "cli"},
     "ray": {"cluster"},

@@ -48,7 +48,7 @@ def sandbox(frames_dir: Path) -> Iterator[Sandbox]:
 
 
 def pid_of(sandbox: Sandbox) -> int:
-    return sandbox._next.result()._popen.pid
+    return sandbox._thread.submit(sandbox._start).result()._popen.pid
 
 
 def test_videos_come_back_as_decoded_directly(sandbox: Sandbox, tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_close_kills_and_is_final(frames_dir: Path, tmp_path: Path) -> None:
 def test_the_process_dies_with_its_parent(tmp_path: Path) -> None:
     code = (
         "import os, sys; from mmserve.media.sandbox import Sandbox; s = Sandbox(sys.argv[1]);"
-        "print(s._next.result()._popen.pid, flush=True); os.kill(os.getpid(), 9)"
+        "print(s._thread.submit(s._start).result()._popen.pid, flush=True); os.kill(os.getpid(), 9)"
     )
     parent = subprocess.run([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, check=False)
     assert parent.returncode == -signal.SIGKILL
@@ -334,7 +334,8 @@ def test_the_process_sees_no_environment_and_few_files(sandbox: Sandbox) -> None
         b"OMP_NUM_THREADS",
         b"LC_CTYPE",
     }
-    assert resource.prlimit(pid_of(sandbox), resource.RLIMIT_AS)[0] == LIMITS.process_memory_bytes
+    memory = resource.prlimit(pid_of(sandbox), resource.RLIMIT_AS)[0]
+    assert 0 < memory - LIMITS.process_memory_bytes < 2 << 30  # what libraries have mapped comes on top
     with socket.socket() as ours:
         assert ours.fileno() > 2
         open_files = os.listdir(f"/proc/{pid_of(sandbox)}/fd")

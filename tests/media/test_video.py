@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from transformers.video_utils import VideoMetadata, default_sample_indices_fn
 
 from mmserve.errors import BadRequest, MediaError
+from mmserve.media.backends.pyav import VideoReader
 from mmserve.media.limits import MediaLimits
 from mmserve.media.plan import MediaPlan, sample, sample_count
-from mmserve.media.video import VideoReader, decode_frames, plan_video
+from mmserve.media.video import decode_frames, plan_video
 from mmserve.request import MediaOptions
 from tests.media.clips import make_video, shade, shade_of
 

@@ -22,7 +22,7 @@ from fastapi import FastAPI
 import mmserve
 from mmserve.config import ServeConfig
 from mmserve.errors import Forbidden, MediaError, MMServeError, Overloaded
-from mmserve.messages import EncodedItem, EncodeTimes, Lease, PromptPrefilled, Sampled
+from mmserve.messages import EncodedMedia, EncodedPart, EncodeTimes, Lease, PromptPrefilled, Sampled
 from mmserve.models.chat import ChatFormat
 from mmserve.request import FinishReason, MediaOptions, MediaRef, MediaReport, Modality, Prompt
 from mmserve.sampling import Logprob
@@ -274,18 +274,19 @@ VIDEO: Sequence[dict[str, Any]] = [
 
 
 def _encoded() -> Item:
-    return Item(
-        encoded=EncodedItem(
-            lease=Lease(lease_id="0" * 32, path="/nowhere", total_bytes=0, arrays=(), checksum=0),
-            tokens=TOKENS_PER_ITEM,
-            kept=TOKENS_PER_ITEM // 4,
-        ),
+    part = EncodedPart(
+        lease=Lease(lease_id="0" * 32, path="/nowhere", total_bytes=0, arrays=(), checksum=0),
+        tokens=TOKENS_PER_ITEM,
+        kept=TOKENS_PER_ITEM // 4,
+    )
+    whole = EncodedMedia(
         cached_tokens=5,
         report=MediaReport(
             source="data:", frames=2, timestamps_s=(0.0, 1.0), lost_frames=0, width=64, height=48
         ),
         times=EncodeTimes(queue=0.1, decode=4.0, preprocess=1.0, encode=8.0, prune=0.5, publish=0.2),
     )
+    return Item(parts=[part], whole=whole)
 
 
 def _prefilled(record: Record) -> PromptPrefilled:

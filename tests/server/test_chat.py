@@ -8,6 +8,7 @@ import openai
 import pytest
 
 from mmserve.errors import MediaError
+from mmserve.request import MediaOptions
 from tests.server.fakes import ANSWER, VIDEO, RunningServer, ask, events, running_server
 
 REPORT_KEYS = {"finish_reason", "usage", "media", "timings_ms", "methods"}
@@ -168,6 +169,13 @@ def test_our_sampling_options_win_over_those_of_vllm(server: RunningServer) -> N
     ask(server, messages=VIDEO, mmserve={"fps": 2}, media_io_kwargs={"video": {"num_frames": 5}})
     assert server.pipeline.prompts[0].media[0].options.fps == 2.0
     assert server.pipeline.prompts[0].media[0].options.num_frames is None
+
+
+def test_a_part_of_a_video_may_be_asked_about(server: RunningServer) -> None:
+    asked = {"start": 1.5, "end": 4, "max_pixels": 1000, "keyframes": True}
+    ask(server, messages=VIDEO, media_io_kwargs={"video": asked})
+    options = MediaOptions(start_s=1.5, end_s=4.0, max_pixels=1000, keyframes_only=True)
+    assert server.pipeline.prompts[0].media[0].options == options
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -97,6 +97,9 @@ BAD_BODIES: list[tuple[dict[str, Any], str, str]] = [
     ({"mmserve": {"num_frames": 4, "fps": 1}}, "mmserve", "at most one"),
     ({"media_io_kwargs": {"video": {"num_frames": 0}}}, "media_io_kwargs.video", "1 to 2048"),
     ({"media_io_kwargs": {"video": {"fps": 0}}}, "media_io_kwargs.video", "fps of above 0"),
+    ({"media_io_kwargs": {"video": {"start": 2, "end": 2}}}, "media_io_kwargs.video", "an end after it"),
+    ({"mmserve": {"start": -1}}, "mmserve", "start of 0 or later"),
+    ({"mmserve": {"max_pixels": 0}}, "mmserve", "max_pixels of 1 or more"),
     ({"media_io_kwargs": {"video": {"backend": "x"}}}, "media_io_kwargs.video.backend", "known field"),
     ({"cache_salt": ""}, "cache_salt", "not empty"),
 ]

@@ -1,0 +1,210 @@
+"""Several decoding processes for one worker: items, and the segments of one item, decode side by side.
+
+Imports no torch and no decoder. Knows nothing about models or about what frames are for.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from mmserve.cores import usable_cores
+from mmserve.errors import Unavailable
+from mmserve.media.intervals import Piece, cut
+from mmserve.media.limits import MediaLimits
+from mmserve.media.plan import MediaPlan
+from mmserve.media.sandbox import Decoded, Sandbox, check_positions
+from mmserve.request import SEGMENT_FRAMES, MediaRef
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(slots=True)
+class _Lane:
+    """A sandbox and how many frames wait for it."""
+
+    sandbox: Sandbox
+    load: int = 0
+
+
+class SandboxPool:
+    """Up to `processes` sandboxes, by default one per core; each but the first starts when it is needed.
+
+    Safe to use from several threads; it has one thread per process itself. Every job ends as in
+    `Sandbox`; when a process dies only the item that it was decoding fails.
+    """
+
+    def __init__(
+        self, directory: str | Path, limits: MediaLimits | None = None, processes: int | None = None
+    ) -> None:
+        self._directory = Path(directory)
+        self._limits = limits or MediaLimits()
+        self.processes = processes or usable_cores()
+        self._lock = threading.Lock()
+        self._is_closed = False
+        self._ahead_bytes = 0
+        self._lanes = [_Lane(Sandbox(self._directory, self._limits))]
+
+    def plan(self, ref: MediaRef) -> MediaPlan:
+        """Which frames of the item will be used; an image has one."""
+        return self._submit(self._free_lane(), 1, lambda sandbox: sandbox.submit_plan(ref)).result()
+
+    def decode(self, ref: MediaRef, plan: MediaPlan, positions: Sequence[int] | None = None) -> Decoded:
+        """The frames at these positions of the plan, or all of them, at once and in one process."""
+        wanted = check_positions(plan, positions)
+        return self._submit_decode(self._free_lane(), ref, plan, wanted).result()
+
+    def segments(
+        self,
+        ref: MediaRef,
+        plan: MediaPlan,
+        positions: Sequence[int] | None = None,
+        segment_frames: int = SEGMENT_FRAMES,
+    ) -> Segments:
+        """The same frames in order, `segment_frames` at a time. Decoding begins at once."""
+        wanted = check_positions(plan, positions)
+        return Segments(self, ref, plan, cut(plan, wanted, segment_frames, self.processes))
+
+    def close(self) -> None:
+        """Kill all processes, also under running jobs, which then fail."""
+        with self._lock:
+            self._is_closed = True
+            lanes = list(self._lanes)
+        for lane in lanes:
+            lane.sandbox.close()
+
+    def _free_lane(self) -> _Lane:
+        """The sandbox with the least to do, or a new one when all have something to do."""
+        with self._lock:
+            if self._is_closed:
+                raise Unavailable("The media decoder is closed")
+            lane = min(self._lanes, key=lambda lane: lane.load)
+            if lane.load and len(self._lanes) < self.processes:
+                lane = _Lane(Sandbox(self._directory, self._limits))
+                self._lanes.append(lane)
+            return lane
+
+    def _submit_decode(
+        self, lane: _Lane, ref: MediaRef, plan: MediaPlan, wanted: tuple[int, ...]
+    ) -> Future[Decoded]:
+        return self._submit(lane, len(wanted), lambda sandbox: sandbox.submit_decode(ref, plan, wanted))
+
+    def _submit(
+        self, lane: _Lane, load: int, submit: Callable[[Sandbox], Future[_Result]]
+    ) -> Future[_Result]:
+        self._add_load(lane, load)
+        try:
+            future = submit(lane.sandbox)
+        except Unavailable:
+            self._add_load(lane, -load)
+            raise
+        future.add_done_callback(lambda _: self._add_load(lane, -load))
+        return future
+
+    def _add_load(self, lane: _Lane, load: int) -> None:
+        with self._lock:
+            lane.load += load
+
+    def _reserve(self, size: int) -> bool:
+        """Take from what all items together may decode ahead."""
+        with self._lock:
+            if self._ahead_bytes + size > self._limits.max_ahead_bytes:
+                return False
+            self._ahead_bytes += size
+            return True
+
+    def _release(self, size: int) -> None:
+        with self._lock:
+            self._ahead_bytes -= size
+
+
+class _Ahead(NamedTuple):
+    """A segment that was asked for: its pieces, and what it holds of the budget."""
+
+    pieces: tuple[Future[Decoded], ...]
+    reserved: int
+
+
+class Segments:
+    """The segments of one item in order, as an iterator that others decode for while its user works.
+
+    An error belongs to the segment it comes in place of, and is the last thing that comes. Close it
+    when it is left early. One thread at a time may use it.
+    """
+
+    def __init__(
+        self, pool: SandboxPool, ref: MediaRef, plan: MediaPlan, segments: list[tuple[Piece, ...]]
+    ) -> None:
+        self._pool = pool
+        self._ref = ref
+        self._plan = plan
+        self._left = deque(segments)
+        self._ahead: deque[_Ahead] = deque()
+        self._lanes: dict[int, _Lane] = {}  # by interval
+        self._fill()
+
+    def __iter__(self) -> Iterator[Decoded]:
+        return self
+
+    def __next__(self) -> Decoded:
+        if not self._ahead:
+            raise StopIteration
+        head = self._ahead[0]
+        try:
+            decoded = _join([piece.result() for piece in head.pieces])
+            self._ahead.popleft()
+            self._pool._release(head.reserved)
+            self._fill()
+        except BaseException:
+            self.close()
+            raise
+        return decoded
+
+    def is_ready(self) -> bool:
+        """Whether the next segment, or the end, is there without waiting."""
+        return not self._ahead or all(piece.done() for piece in self._ahead[0].pieces)
+
+    def close(self) -> None:
+        """Give up what has not been taken yet."""
+        self._left.clear()
+        while self._ahead:
+            segment = self._ahead.popleft()
+            for piece in segment.pieces:
+                piece.cancel()
+            self._pool._release(segment.reserved)
+
+    def _fill(self) -> None:
+        """Ask for segments up to the budget, for one at least."""
+        frame_bytes = self._plan.width * self._plan.height * 3
+        while self._left:
+            size = sum(len(piece.positions) for piece in self._left[0]) * frame_bytes
+            if not self._pool._reserve(size):
+                if self._ahead:
+                    return
+                size = 0
+            pieces = tuple(self._ask(piece) for piece in self._left.popleft())
+            self._ahead.append(_Ahead(pieces, size))
+
+    def _ask(self, piece: Piece) -> Future[Decoded]:
+        lane = self._lanes.get(piece.interval)
+        if lane is None:
+            lane = self._lanes[piece.interval] = self._pool._free_lane()
+        return self._pool._submit_decode(lane, self._ref, self._plan, piece.positions)
+
+
+def _join(parts: list[Decoded]) -> Decoded:
+    if len(parts) == 1:
+        return parts[0]
+    return Decoded(
+        np.concatenate([part.frames for part in parts]),
+        sum((part.positions for part in parts), ()),
+        sum((part.lost for part in parts), ()),
+        sum(part.decode_ms for part in parts),
+    )

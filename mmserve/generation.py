@@ -15,7 +15,7 @@ import msgspec
 from mmserve import messages as m
 from mmserve.errors import MMServeError
 from mmserve.models.chat import ChatFormat, Detokenizer
-from mmserve.models.layout import expand_tokens
+from mmserve.models.layout import expand
 from mmserve.request import Chunk, CompletionOutput, FinishReason, Prompt, RequestOutput, Timings, Usage
 from mmserve.sampling import Logprob, SamplingParams
 from mmserve.workers.dispatcher import Update
@@ -115,10 +115,11 @@ class Generation:
         )
 
     def _expanded(self, record: Record, prompt: Prompt) -> tuple[int, ...]:
-        counts = [item.encoded.tokens for item in record.items if item.encoded]
-        if len(counts) < len(prompt.media):
+        if not all(item.is_whole for item in record.items):
             return prompt.token_ids  # cancelled before its prompt was known in full
-        return expand_tokens(prompt.token_ids, counts, (self._chat.image_token, self._chat.video_token))
+        counts = [item.tokens for item in record.items]
+        media_tokens = (self._chat.image_token, self._chat.video_token)
+        return tuple(expand(prompt.token_ids, counts, media_tokens).tolist())
 
 
 class _Answer:

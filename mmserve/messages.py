@@ -81,21 +81,68 @@ class EncodeMedia(Command, frozen=True, tag="encode_media"):
     is_only_image: bool = True  # several images of one prompt are not cut into tiles
 
 
-class EncodedItem(_Data, frozen=True):
-    """One item's published embeddings: arrays "embeddings" [m, D] and "source" int32 [m].
+class EncodedFrames(_Data, frozen=True):
+    """Frames of a video before reduction: arrays "embeddings" [n, N, D] and "saliency" fp32 [n, N].
 
-    `source` is each row's index in the item's uncompressed run of `tokens` placeholder tokens. `key`
-    (hex) is the identity of these rows: equal keys, equal rows; empty when nobody knows.
+    `lost` did not decode; without a lease none did.
+    """
+
+    positions: tuple[int, ...]
+    lost: tuple[int, ...]
+    lease: Lease | None
+
+
+class EncodeFrames(Command, frozen=True, tag="encode_frames"):
+    """Help the owner of a video: encode the frames at these positions of its plan; they are not reduced."""
+
+    request_id: str
+    attempt: int
+    item: int
+    media: MediaRef
+    positions: tuple[int, ...]
+
+
+class AwaitFrames(Command, frozen=True, tag="await_frames"):
+    """To the owner of a video: these frames, and no others, are being encoded elsewhere and will be sent."""
+
+    request_id: str
+    attempt: int
+    item: int
+    positions: tuple[int, ...]
+
+
+class TakeFrames(Command, frozen=True, tag="take_frames"):
+    """To the owner of a video: frames that were encoded elsewhere."""
+
+    request_id: str
+    attempt: int
+    item: int
+    frames: EncodedFrames
+
+
+class EncodedPart(_Data, frozen=True):
+    """A run of one item's tokens, encoded and reduced: what of its `tokens` placeholder tokens is `kept`.
+
+    The lease's arrays, row by row: "embeddings" [kept, D]; "source" int32 [kept], the row's index among the
+    part's tokens; "key" uint8 [kept, 16] and "index" int32 [kept], which together say what a row is: equal
+    ones, equal rows, whatever the item was cut into.
     """
 
     lease: Lease
     tokens: int
     kept: int
-    key: str = ""
+
+
+class PromptItem(_Data, frozen=True):
+    """One item as far as it is encoded. `keep_bound` is the most rows it can end up with."""
+
+    parts: tuple[EncodedPart, ...]
+    is_whole: bool
+    keep_bound: int
 
 
 class PrefillPrompt(Command, frozen=True, tag="prefill_prompt"):
-    """Run a prompt; `token_ids` has one placeholder per item.
+    """Run a prompt; `token_ids` has one placeholder per item. What is missing follows by `ExtendPrompt`.
 
     With `hand_off` the compressed KV is published and forgotten, otherwise the sequence stays for
     `DecodeFrom` on the same worker. `forced` are tokens already streamed by an earlier attempt. A lower
@@ -105,13 +152,23 @@ class PrefillPrompt(Command, frozen=True, tag="prefill_prompt"):
     request_id: str
     attempt: int
     token_ids: tuple[int, ...]
-    items: tuple[EncodedItem, ...]
+    items: tuple[PromptItem, ...]
     sampling: SamplingParams
     methods: Methods
     forced: tuple[int, ...] = ()
     hand_off: bool = True
     salt: str = ""
     priority: int = 0
+
+
+class ExtendPrompt(Command, frozen=True, tag="extend_prompt"):
+    """The next part of one item of a prompt that was sent before."""
+
+    request_id: str
+    attempt: int
+    item: int
+    part: EncodedPart
+    is_last: bool
 
 
 class DecodeFrom(Command, frozen=True, tag="decode_from"):
@@ -168,13 +225,13 @@ class WorkerReady(Event, frozen=True, tag="worker_ready"):
 
 
 class MediaPlanned(Event, frozen=True, tag="media_planned"):
-    """An item was opened: how many placeholder tokens it will have and at most how many are kept."""
+    """An item was opened: at most how many of its tokens will be kept, and which frames are to be encoded."""
 
     request_id: str
     attempt: int
     item: int
-    tokens: int
     keep_bound: int
+    missing: tuple[int, ...] = ()  # positions in a video's plan that no cache has
 
 
 class EncodeTimes(_Data, frozen=True):
@@ -188,14 +245,32 @@ class EncodeTimes(_Data, frozen=True):
     publish: float
 
 
-class MediaEncoded(Event, frozen=True, tag="media_encoded"):
-    request_id: str
-    attempt: int
-    item: int
-    encoded: EncodedItem
+class EncodedMedia(_Data, frozen=True):
+    """What is reported of an item when its last part is encoded."""
+
     cached_tokens: int
     report: MediaReport
     times: EncodeTimes
+
+
+class MediaEncoded(Event, frozen=True, tag="media_encoded"):
+    """The next part of an item; `whole` comes with the last one."""
+
+    request_id: str
+    attempt: int
+    item: int
+    part: EncodedPart
+    whole: EncodedMedia | None
+
+
+class FramesEncoded(Event, frozen=True, tag="frames_encoded"):
+    """Some of what `EncodeFrames` asked for; `is_last` when nothing is left of it."""
+
+    request_id: str
+    attempt: int
+    item: int
+    frames: EncodedFrames
+    is_last: bool
 
 
 class Sampled(_Data, frozen=True):
@@ -272,11 +347,23 @@ class WorkerDied(Event, frozen=True, tag="worker_died"):
     by_supervisor: bool  # then nobody is blamed
 
 
-AnyCommand = EncodeMedia | PrefillPrompt | DecodeFrom | CancelRequest | ReleaseLease | KillWorker
+AnyCommand = (
+    EncodeMedia
+    | EncodeFrames
+    | AwaitFrames
+    | TakeFrames
+    | PrefillPrompt
+    | ExtendPrompt
+    | DecodeFrom
+    | CancelRequest
+    | ReleaseLease
+    | KillWorker
+)
 AnyEvent = (
     WorkerReady
     | MediaPlanned
     | MediaEncoded
+    | FramesEncoded
     | PromptPrefilled
     | TokensDecoded
     | RequestFailed

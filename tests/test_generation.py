@@ -228,7 +228,9 @@ def test_media_are_reported_and_their_placeholders_expanded() -> None:
     report = MediaReport(source="s", frames=1, timestamps_s=(0.0,), lost_frames=0, width=4, height=4)
     lease = m.Lease(lease_id="0" * 32, path="/x", total_bytes=1, arrays=(), checksum=0)
     for item, tokens in zip(record.items, (3, 2), strict=True):
-        item.encoded, item.report = m.EncodedItem(lease=lease, tokens=tokens, kept=1), report
+        times = m.EncodeTimes(queue=0, decode=0, preprocess=0, encode=0, prune=0, publish=0)
+        item.parts = [m.EncodedPart(lease=lease, tokens=tokens, kept=1)]
+        item.whole = m.EncodedMedia(cached_tokens=0, report=report, times=times)
     client.generate("red", FinishReason.LENGTH)
     done = client.output
     assert done.prompt_token_ids == (5, *[CHAT.image_token] * 5, 6)

@@ -64,7 +64,11 @@ COMMANDS = (
             request_id="r1",
             attempt=1,
             token_ids=tuple(range(0, 4000, 40)),
-            items=(m.EncodedItem(lease=LEASE, tokens=9, kept=3),),
+            items=(
+                m.PromptItem(
+                    parts=(m.EncodedPart(lease=LEASE, tokens=9, kept=3),), is_whole=True, keep_bound=3
+                ),
+            ),
             sampling=SamplingParams(max_tokens=9, stop=("日本",)),
             methods=Methods(),
         )

@@ -25,20 +25,31 @@ class EncodedImage(NamedTuple):
     is_newline: Tensor  # bool [M]
 
 
+class Features(NamedTuple):
+    """P crops of G x G patches as the projector left them."""
+
+    rows: Tensor  # [P, G * G, D]
+    saliency: Tensor  # fp32 [P, G * G]
+
+
 class VisionEncoder(Protocol):
     @property
     def newline(self) -> Tensor:
         """The embedding [D] that follows the last frame of a video."""
         ...
 
-    def video(self, pixels: Tensor) -> Encoded:
-        """Encode preprocessed frames [T, 3, S, S]; a frame's result does not depend on the others."""
+    def features(self, pixels: Tensor) -> Features:
+        """Encode preprocessed crops [P, 3, S, S]; what becomes of one does not depend on the others."""
+        ...
+
+    def frames(self, features: Features) -> Encoded:
+        """Crops that are frames of a video."""
+        ...
+
+    def pack(self, features: Features, original_size: tuple[int, int]) -> EncodedImage:
+        """The crops of one image, the whole image first; `original_size` is (height, width)."""
         ...
 
     def newline_rows(self, original_size: tuple[int, int], crops: int) -> Tensor:
         """Which rows of an image of so many crops are newlines, bool [M]."""
-        ...
-
-    def image(self, pixels: Tensor, original_size: tuple[int, int]) -> EncodedImage:
-        """Encode an image's crops [P, 3, S, S], the whole image first; `original_size` is (height, width)."""
         ...

@@ -20,7 +20,7 @@ from transformers.models.llava_onevision.modeling_llava_onevision import (
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from mmserve.encoders.attention import NAME as ATTENTION
-from mmserve.encoders.base import Encoded, EncodedImage
+from mmserve.encoders.base import Encoded, EncodedImage, Features
 from mmserve.errors import ConfigError
 
 FRAMES_PER_BATCH = {"cpu": 2, "cuda": 8}  # on a CPU, more fall out of its caches
@@ -53,35 +53,34 @@ class SiglipEncoder(nn.Module):
         self.tower.embeddings.position_ids = torch.arange(self.grid**2, device=device)[None]
 
     @torch.inference_mode()
-    def video(self, pixels: Tensor) -> Encoded:
-        results = [self._frames(part) for part in pixels.split(FRAMES_PER_BATCH[self.newline.device.type])]
-        return Encoded(*(torch.cat(parts) for parts in zip(*results, strict=True)))
+    def features(self, pixels: Tensor) -> Features:
+        parts = [self._patches(part) for part in pixels.split(FRAMES_PER_BATCH[self.newline.device.type])]
+        return parts[0] if len(parts) == 1 else Features(*map(torch.cat, zip(*parts, strict=True)))
 
     @torch.inference_mode()
-    def image(self, pixels: Tensor, original_size: tuple[int, int]) -> EncodedImage:
-        results = [self._patches(part) for part in pixels.split(FRAMES_PER_BATCH[self.newline.device.type])]
-        features, saliency = (torch.cat(parts) for parts in zip(*results, strict=True))
+    def frames(self, features: Features) -> Encoded:
+        return Encoded(self._pool(features.rows), self._pool(features.saliency[..., None])[..., 0])
+
+    @torch.inference_mode()
+    def pack(self, features: Features, original_size: tuple[int, int]) -> EncodedImage:
         return EncodedImage(
-            self._pack(features, original_size, self.newline),
-            self._pack(saliency[..., None], original_size, torch.zeros(1))[:, 0],
-            self.newline_rows(original_size, len(pixels)),
+            self._pack(features.rows, original_size, self.newline),
+            self._pack(features.saliency[..., None], original_size, torch.zeros(1))[:, 0],
+            self.newline_rows(original_size, len(features.rows)),
         )
 
     def newline_rows(self, original_size: tuple[int, int], crops: int) -> Tensor:
         nothing = torch.zeros(crops, self.grid**2, 1, device=self.newline.device)
         return self._pack(nothing, original_size, torch.ones(1))[:, 0] > 0
 
-    def _frames(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        features, saliency = self._patches(pixels)
-        return self._pool(features), self._pool(saliency[..., None])[..., 0]
-
-    def _patches(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def _patches(self, pixels: Tensor) -> Features:
         """Projected features [B, grid * grid, D] and saliency [B, grid * grid] of every patch."""
         states = [self.tower.embeddings(pixels.to(self.newline.device, self.newline.dtype))]
         for layer in self.tower.encoder.layers:
             states.append(layer(states[-1], None))
         saliency = _attention_received(layer, states[-2])
-        return self.projector(torch.cat([states[depth] for depth in self.depths], dim=-1)), saliency
+        rows = self.projector(torch.cat([states[depth] for depth in self.depths], dim=-1))
+        return Features(rows, saliency)
 
     def _pool(self, rows: Tensor) -> Tensor:
         """Halve the grid: [B, grid * grid, C] to [B, pooled * pooled, C]."""

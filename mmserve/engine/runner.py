@@ -33,15 +33,16 @@ MAX_OBSERVED = 64  # text queries after the last visual token that KV policies s
 
 @dataclass(slots=True, kw_only=True)
 class PromptRows:
-    """A prompt ready to run: one row per surviving token.
+    """A prompt to run: one row per surviving token; until it `is_whole`, as far as it is known.
 
     `order` is each row's index in the uncompressed prompt, `position` its RoPE position.
     """
 
-    embeddings: Tensor  # [n, D]
+    embeddings: Tensor  # [n or more, D]
     order: NDArray[np.int32]
     position: NDArray[np.int32]
     is_visual: NDArray[np.bool_]
+    is_whole: bool = True
     is_observed: bool = False  # keep the queries that a KV policy wants to see
     wants_logits: bool = False  # of every row
     done: int = 0
@@ -52,8 +53,23 @@ class PromptRows:
         return len(self.order)
 
     @property
+    def ready(self) -> int:
+        return rows_ready(len(self), is_whole=self.is_whole, is_observed=self.is_observed)
+
+    @property
     def first_observed(self) -> int:
         return first_observed(self.is_visual)
+
+
+def rows_ready(known: int, *, is_whole: bool, is_observed: bool) -> int:
+    """How many leading rows of a prompt may be run.
+
+    While more can come, those are kept back that may turn out to be observed, and one at least, since the
+    last row is what the first token is drawn from.
+    """
+    if is_whole:
+        return known
+    return max(known - (MAX_OBSERVED if is_observed else 1), 0)
 
 
 def first_observed(is_visual: NDArray[np.bool_]) -> int:
@@ -146,7 +162,7 @@ class Runner:
         if identity is not None and (found := self.prefix.match(identity, most_cached)):
             self.prefix.take(sequence, identity, found)
             prompt.done = prompt.cached = found
-        self.reserve(sequence, len(prompt) - prompt.cached + headroom)
+        self.reserve(sequence, len(prompt.embeddings) - prompt.cached + headroom)
 
     def reserve(self, sequence: str, slots: int) -> None:
         """Own pages for `slots` more slots, at the expense of what is only remembered."""
@@ -165,6 +181,11 @@ class Runner:
             self.table.release(sequence)
 
     # steps
+
+    def new_rows(self, count: int) -> Tensor:
+        """Room for the embeddings [count, D] of a prompt."""
+        weight = self.decoder.embed_tokens.weight
+        return weight.new_empty(count, weight.shape[1], requires_grad=False)
 
     def embed(self, ids: Sequence[int] | NDArray[np.int64]) -> Tensor:
         return self.decoder.embed(to_device(np.asarray(ids, np.int64), self.device))
@@ -204,9 +225,10 @@ class Runner:
             batch.positions.append(prompt.position[rows])
             stop = start + chunk.stop - chunk.start
             batch.rows.append(SequenceRows(chunk.sequence, start, stop))
-            first = max(prompt.first_observed, chunk.start)
-            if prompt.is_observed and first < chunk.stop:
-                batch.observe[chunk.sequence] = range(start + first - chunk.start, stop)
+            if prompt.is_observed and prompt.is_whole:
+                first = max(prompt.first_observed, chunk.start)
+                if first < chunk.stop:
+                    batch.observe[chunk.sequence] = range(start + first - chunk.start, stop)
             start = stop
         return batch
 
@@ -224,7 +246,7 @@ class Runner:
             prompt.done = chunk.stop
             if chunk.sequence in attention.observed:
                 prompt.observed.append(attention.observed[chunk.sequence])
-            if prompt.done == len(prompt):
+            if prompt.is_whole and prompt.done == len(prompt):
                 finished.append(chunk.sequence)
             if prompt.wants_logits:
                 rows = where[chunk.sequence]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Waiting(NamedTuple):
-    """A prompt that has no pages yet: `done` rows are cached, `rows` (one at least) are to be prefilled.
+    """A prompt that has no pages yet: of the `ready` rows that may be run, `done` are cached.
 
     Lower `priority` comes earlier, then lower `arrived`.
     """
@@ -18,18 +18,18 @@ class Waiting(NamedTuple):
     priority: int
     arrived: int
     done: int
-    rows: int
+    ready: int
     pages: int  # what its admission takes of `free_pages`, for the whole prompt
 
 
 class Prefilling(NamedTuple):
-    """An admitted prompt; with `done` equal to `total` it only holds its pages."""
+    """An admitted prompt; with `done` equal to `ready` it only holds its pages: over, or waiting for more."""
 
     sequence: str
     priority: int
     arrived: int
     done: int
-    total: int
+    ready: int
     pages: int  # what preempting it would free
 
 
@@ -90,11 +90,9 @@ def schedule(state: EngineState) -> Plan:
             is_held_back = is_held_back or not step.try_admit(prompt)
             if is_held_back:
                 continue
-            rows = min(left, prompt.rows)
         elif prompt.sequence in step.preempted:
             continue
-        else:
-            rows = min(left, prompt.total - prompt.done)
+        rows = min(left, prompt.ready - prompt.done)
         if rows > 0:
             chunks.append(Chunk(prompt.sequence, prompt.done, prompt.done + rows))
             left -= rows

@@ -5,9 +5,9 @@ Knows nothing about pages, and not which settings matter: the caller names them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,13 +57,7 @@ class Identity:
 
     def extended(self, token_ids: NDArray[np.int64], order: IntArray, position: IntArray) -> Identity:
         """This prompt with text behind it."""
-        rows = identity_rows(
-            token_ids=token_ids,
-            is_visual=np.zeros(len(token_ids), np.bool_),
-            media=(),
-            order=order,
-            position=position,
-        )
+        rows = identity_rows(held=token_ids, order=order, position=position)
         return Identity(self.salt, self.settings, np.concatenate([self.rows, rows]))
 
     def content(self, index: int, block: int) -> bytes:
@@ -73,24 +67,20 @@ class Identity:
 
 def identity_rows(
     *,
-    token_ids: NDArray[np.int64],
-    is_visual: NDArray[np.bool_],
-    media: Sequence[tuple[bytes, IntArray]],
+    held: NDArray[np.integer[Any]],
     order: IntArray,
     position: IntArray,
+    keys: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint64]:
-    """Rows of a prompt. A text row is its token id, a visual one its media key and index in the item.
+    """Rows of a prompt: what each of them holds, and where.
 
-    `media` holds each item's key and the indices of its surviving tokens, in prompt order. `position`
-    is [n], or [n, 3] with values below 2 million.
+    A text row holds its token id, a visual one its index under a key, of `keys` [n, KEY_BYTES]; text has
+    no keys, or zeros. `position` is [n], or [n, 3] with values below 2 million.
     """
-    rows = np.zeros((len(token_ids), WORDS), np.uint64)
-    held = np.where(is_visual, 0, token_ids)
-    if media:
-        assert all(len(key) >= KEY_BYTES for key, _ in media), "a media key is a digest"
-        keys = np.frombuffer(b"".join(key[:KEY_BYTES] for key, _ in media), "<u8").reshape(-1, 2)
-        rows[is_visual, :2] = np.repeat(keys, [len(source) for _, source in media], axis=0)
-        held[is_visual] = np.concatenate([source for _, source in media])
+    rows = np.zeros((len(order), WORDS), np.uint64)
+    if keys is not None:
+        assert keys.shape == (len(order), KEY_BYTES), f"keys are [n, {KEY_BYTES}]"
+        rows[:, :2] = np.ascontiguousarray(keys).view("<u8")
     rows[:, 2] = held.astype(np.uint64) << np.uint64(32) | order.astype(np.uint64)
     axes = position.reshape(len(position), -1).astype(np.uint64)
     assert axes.shape[1] == 1 or (axes < 1 << AXIS_BITS).all(), "a position is too large"

@@ -136,6 +136,13 @@ def exact_count(keep: float, total: int) -> int:
     return min(total, max(1, math.floor(Fraction(repr(float(keep))) * total)))
 
 
+def window_frames(pruner: Pruner) -> int:
+    """How many frames a method must see together; 0 is the whole item."""
+    if not pruner.needs_whole_item:
+        return 1
+    return int(getattr(pruner, "window_frames", 0))
+
+
 def windows(frames: int, window_frames: int) -> Iterator[tuple[int, int]]:
     """Frame ranges [start, stop) that are reduced independently; `window_frames` 0 is the whole item."""
     step = window_frames or frames

@@ -19,19 +19,53 @@ def encode_media(record: Record, item: int) -> m.EncodeMedia:
     )
 
 
+def encode_frames(record: Record, item: int, positions: tuple[int, ...]) -> m.EncodeFrames:
+    return m.EncodeFrames(
+        request_id=record.request_id,
+        attempt=record.attempt,
+        item=item,
+        media=record.submitted.media[item],
+        positions=positions,
+    )
+
+
+def await_frames(record: Record, item: int) -> m.AwaitFrames:
+    """Everything that helpers still have of an item."""
+    left = [position for positions in record.items[item].helpers.values() for position in positions]
+    return m.AwaitFrames(
+        request_id=record.request_id, attempt=record.attempt, item=item, positions=tuple(sorted(left))
+    )
+
+
+def take_frames(event: m.FramesEncoded) -> m.TakeFrames:
+    return m.TakeFrames(
+        request_id=event.request_id, attempt=event.attempt, item=event.item, frames=event.frames
+    )
+
+
 def prefill_prompt(record: Record, *, hand_off: bool) -> m.PrefillPrompt:
     prompt = record.submitted
     return m.PrefillPrompt(
         request_id=record.request_id,
         attempt=record.attempt,
         token_ids=prompt.token_ids,
-        items=tuple(item.encoded for item in record.items if item.encoded),
+        items=tuple(item.for_prefill() for item in record.items),
         sampling=prompt.sampling,
         methods=prompt.methods,
         forced=record.token_ids,
         hand_off=hand_off,
         salt=prompt.salt,
         priority=prompt.priority,
+    )
+
+
+def extend_prompt(event: m.MediaEncoded) -> m.ExtendPrompt:
+    return m.ExtendPrompt(
+        request_id=event.request_id,
+        attempt=event.attempt,
+        item=event.item,
+        part=event.part,
+        is_last=event.whole is not None,
     )
 
 

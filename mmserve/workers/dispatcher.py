@@ -24,17 +24,17 @@ from mmserve.errors import (
 from mmserve.messages import Role
 from mmserve.request import FinishReason, Prompt
 from mmserve.workers import commands
-from mmserve.workers.ledger import Ledger
 from mmserve.workers.ledger import Update as Update
 from mmserve.workers.records import Item, Record, State, Worker
 from mmserve.workers.routing import Job, choose, holds_back, new_job, room
+from mmserve.workers.sharing import Sharing
 
 HEARTBEAT_S = 1.0
 LIVENESS = 3  # missed heartbeats until a silent worker is killed
 SUPERVISOR = "supervisor"
 
 
-class Dispatcher(Ledger):
+class Dispatcher(Sharing):
     """Takes calls and events, moves requests from stage to stage, and hands out waiting jobs.
 
     Invariant: `waiting` is ordered by turn; `pump` drops the jobs of ended records and old attempts.
@@ -150,9 +150,11 @@ class Dispatcher(Ledger):
 
     def _handle(self, worker: Worker, event: m.AnyEvent) -> None:
         if isinstance(event, m.MediaPlanned):
-            self._planned(event)
+            self._planned(worker, event)
         elif isinstance(event, m.MediaEncoded):
             self._encoded(worker, event)
+        elif isinstance(event, m.FramesEncoded):
+            self._frames_encoded(worker, event)
         elif isinstance(event, m.PromptPrefilled):
             self._prefilled(worker, event)
         elif isinstance(event, m.TokensDecoded):
@@ -167,13 +169,16 @@ class Dispatcher(Ledger):
         elif isinstance(event, m.StepStarted):
             worker.step, worker.step_bound_s = event.requests, event.bound_s
 
-    def _planned(self, event: m.MediaPlanned) -> None:
+    def _planned(self, worker: Worker, event: m.MediaPlanned) -> None:
         record = self._current(event.request_id, event.attempt)
         if record is None:
             return
         record.items[event.item].keep_bound = event.keep_bound
-        prompt_slots = sum(item.keep_bound for item in record.items) + record.text_slots
-        self._check_room(record, Role.PREFILL, prompt_slots + record.submitted.sampling.max_tokens)
+        bounds = [item.keep_bound or 0 for item in record.items]
+        slots = sum(bounds) + record.text_slots + record.submitted.sampling.max_tokens
+        if self._check_room(record, Role.PREFILL, slots):
+            self._share(record, worker, event)
+            self._prefill_if_ready(record)
 
     def _check_room(self, record: Record, role: Role, slots: int) -> bool:
         """Fail what not even an idle worker can hold: it would wait for credit until its deadline."""
@@ -185,17 +190,26 @@ class Dispatcher(Ledger):
         return False
 
     def _encoded(self, worker: Worker, event: m.MediaEncoded) -> None:
-        self.lease_owner[event.encoded.lease.lease_id] = worker.name
+        """The next part of an item: prefill begins with the first, the others follow it."""
+        self.lease_owner[event.part.lease.lease_id] = worker.name
         record = self._current(event.request_id, event.attempt)
         item = record.items[event.item] if record is not None else None
-        if record is None or item is None or item.encoded is not None:
-            self._release(event.encoded.lease)
+        if record is None or item is None or item.worker != worker.name:
+            self._release(event.part.lease)
             return
-        item.encoded, item.cached_tokens = event.encoded, event.cached_tokens
-        item.report, item.times, item.worker = event.report, event.times, None
-        if all(other.worker != worker.name for other in record.items):
-            self._leave(worker, record)
-        if all(other.encoded is not None for other in record.items):
+        item.parts.append(event.part)
+        if event.whole is not None:
+            item.whole, item.worker = event.whole, None
+            while item.lent:
+                self._release(item.lent.pop())
+            self._leave_if_done(worker, record)
+        if record.state is State.ENCODING:
+            self._prefill_if_ready(record)
+        elif record.worker is not None:
+            self._tell(self.workers[record.worker], commands.extend_prompt(event))
+
+    def _prefill_if_ready(self, record: Record) -> None:
+        if record.state is State.ENCODING and record.can_prefill:
             self._queue_prefill(record)
 
     def _prefilled(self, worker: Worker, event: m.PromptPrefilled) -> None:
@@ -273,21 +287,26 @@ class Dispatcher(Ledger):
     def _again(self, record: Record, lost: str) -> None:
         """Repeat only what the lost worker had."""
         self._count("retries")
-        if record.state is State.ENCODING:
+        self._take_back(record, lost)
+        if record.state is State.ENCODING and not any(item.helpers for item in record.items):
             for index, item in enumerate(record.items):
                 if item.worker == lost:
-                    item.worker = None
+                    self._release_parts(item)
+                    record.items[index] = Item()
                     self._wait(record, Role.ENCODE, item=index)
-        elif record.worker == lost:
+        elif record.worker == lost or any(item.worker == lost for item in record.items):
             self._restart(record)
 
     def _restart(self, record: Record) -> None:
         """A new attempt, in which what was streamed is forced. Embeddings are kept until prefill ends."""
         record.worker = None
         record.attempt += 1
-        if record.state is State.PREFILLING:
+        if record.state is State.PREFILLING and record.is_encoded:
             self._queue_prefill(record)
             return
+        # parts of an item belong together: what comes of an earlier attempt is not wanted any more
+        self._recall(record)
+        self._release_embeddings(record)
         if record.kv_lease is not None:
             self._release(record.kv_lease)
         record.kv_lease = record.prefilled = None
@@ -306,8 +325,7 @@ class Dispatcher(Ledger):
 
     def _queue_prefill(self, record: Record) -> None:
         record.state = State.PREFILLING
-        visual = sum(item.encoded.kept for item in record.items if item.encoded)
-        self._wait(record, Role.PREFILL, prompt_slots=visual + record.text_slots)
+        self._wait(record, Role.PREFILL, prompt_slots=record.prompt_slots)
 
     def _wait(self, record: Record, role: Role, *, item: int | None = None, prompt_slots: int = 0) -> None:
         job = new_job(record, role, self.clock(), item=item, prompt_slots=prompt_slots)
@@ -348,9 +366,6 @@ class Dispatcher(Ledger):
             self._send(worker, commands.decode_from(record), job.slots)
 
     # state that front doors and probes read
-
-    def ready_roles(self) -> set[Role]:
-        return {role for worker in self.workers.values() if not worker.is_killed for role in worker.roles}
 
     def abandon(self, error: MMServeError) -> None:
         """Everything still running fails."""

@@ -1,292 +1,271 @@
-"""The encode role: one media item in, reduced embeddings under a lease out.
+"""The encode role: media items in, their reduced embeddings under leases out, part by part.
 
-Decode happens in a sandbox process, in segments of up to 8 frames; frames seen before come from the
-embedding cache. Items are taken one after another, so identical media in flight are encoded once.
+Several items are in progress at once. The tower looks at crops of any of them together, up to a budget;
+long items and short ones take turns, so that an image does not wait for an hour of video. What comes from
+the file of an item in progress waits for it, and finds its frames in the cache. Knows nothing about what an
+item consists of.
 """
 
 from __future__ import annotations
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from hashlib import sha256
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mmserve import messages as m
-from mmserve.encoders.base import VisionEncoder
-from mmserve.encoders.cache import EmbeddingCache, Entry
-from mmserve.errors import MediaError
-from mmserve.media.digest import frame_key
-from mmserve.media.plan import MediaPlan
-from mmserve.media.preprocess import Preprocessing, image_pixels, video_pixels
-from mmserve.media.sandbox import Sandbox
-from mmserve.models.layout.llava_onevision import Geometry
-from mmserve.pruning.base import Pruner, VisualItem, make_pruner
-from mmserve.request import MediaRef, MediaReport, Methods
-from mmserve.tensors import to_numpy
-from mmserve.transfer import LeaseStore
-from mmserve.workers.loop import Reporter, failed
+from mmserve.encoders.base import Features
+from mmserve.request import MediaRef
+from mmserve.workers.items import Clock, ImageWork, ItemWork, Known, Tools, pruner_of
+from mmserve.workers.loop import failed
+from mmserve.workers.videos import FramesWork, VideoWork
 
-SEGMENT_FRAMES = 8
 MAX_QUEUED = 32
+OPENED_PER_STEP = 4
+MAX_AHEAD = 2  # long items that decode: while the tower looks at one, the next is prepared
 MAX_PLANS = 1024
-STEP_BOUND_S = 120.0  # longest silence while one item is encoded
-LEASE_TTL_S = 86_400.0  # the dispatcher releases leases; this is for those it forgets
+STEP_BOUND_S = 120.0  # longest silence: one segment is decoded and encoded
+SHORT_CROPS = 8  # items with at most so many crops to encode do not wait for longer ones
+CROPS_PER_BATCH = {"cpu": 8, "cuda": 64}
 
 
-@dataclass(slots=True)
-class _Known:
-    """An item that was opened before: its plan and the frames that turned out not to decode."""
+@dataclass(slots=True, eq=False)
+class _Job:
+    command: m.EncodeMedia | m.EncodeFrames
+    received_at: float
+    work: ItemWork | None = None  # once it is open
+    pixels: Tensor | None = None  # what the tower is to see next
+    followers: list[_Job] = field(default_factory=list)  # that may share its frames
 
-    plan: MediaPlan
-    lost: set[int] = field(default_factory=set)
+    @property
+    def flight(self) -> tuple[object, ...]:
+        """Equal where frames may be shared: one goes first, the others find its frames in the cache."""
+        command, media = self.command, self.command.media
+        if isinstance(command, m.EncodeFrames):
+            return command.request_id, command.item
+        is_tiled = media.modality == "image" and command.is_only_image
+        return media.digest, media.modality, is_tiled, command.salt
 
 
-@dataclass(slots=True)
-class _Clock:
-    """Milliseconds per stage of one item."""
-
-    spent: dict[str, float] = field(default_factory=dict)
-    _last: float = field(default_factory=time.perf_counter)
-
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.spent[stage] = self.spent.get(stage, 0.0) + (now - self._last) * 1e3
-        self._last = now
+def _opened(media: MediaRef) -> tuple[object, ...]:
+    """What a plan depends on."""
+    return media.digest, media.options, media.modality, media.array_fps
 
 
 class EncodeHandler:
-    """Queue of items; each `step` encodes one."""
+    """Items that wait, and those in progress; each `step` opens some and lets the tower look once."""
 
     roles: tuple[m.Role, ...] = (m.Role.ENCODE,)
     capacity = m.Credits(requests=MAX_QUEUED)
 
-    def __init__(
-        self,
-        *,
-        vision: VisionEncoder,
-        geometry: Geometry,
-        preprocessing: Preprocessing,
-        weights_revision: str,
-        sandbox: Sandbox,
-        cache: EmbeddingCache,
-        leases: LeaseStore,
-        reporter: Reporter,
-    ) -> None:
-        self._vision = vision
-        self._geometry = geometry
-        self._preprocessing = preprocessing
-        self._weights_revision = weights_revision
-        self._sandbox = sandbox
-        self._cache = cache
-        self._leases = leases
-        self._reporter = reporter
-        self._queue: deque[tuple[m.EncodeMedia, float]] = deque()
-        self._known: OrderedDict[tuple[object, ...], _Known] = OrderedDict()
+    def __init__(self, tools: Tools, lease_directories: Sequence[Path]) -> None:
+        self._tools = tools
+        self._directories = lease_directories
+        self._waiting: deque[_Job] = deque()
+        self._short: list[_Job] = []
+        self._long: list[_Job] = []
+        self._news: list[m.AwaitFrames | m.TakeFrames] = []  # of other workers that help with an item
+        self._flights: dict[tuple[object, ...], _Job] = {}
+        self._known: OrderedDict[tuple[object, ...], Known] = OrderedDict()
+        self._is_long_first = False
+        self._budget = CROPS_PER_BATCH[tools.vision.newline.device.type]
 
     def credits(self) -> m.Credits:
-        return m.Credits(requests=MAX_QUEUED - len(self._queue))
+        jobs = [*self._waiting, *self._short, *self._long]
+        return m.Credits(requests=MAX_QUEUED - len(jobs) - sum(len(job.followers) for job in jobs))
 
     def handle(self, command: m.AnyCommand) -> None:
-        if isinstance(command, m.EncodeMedia):
-            self._queue.append((command, time.perf_counter()))
+        if isinstance(command, m.EncodeMedia | m.EncodeFrames):
+            self._waiting.append(_Job(command, time.perf_counter()))
+        elif isinstance(command, m.AwaitFrames | m.TakeFrames):
+            self._news.append(command)
         elif isinstance(command, m.CancelRequest):
-            self._queue = deque(job for job in self._queue if job[0].request_id != command.request_id)
+            self._cancel(command.request_id)
         elif isinstance(command, m.ReleaseLease):
-            self._leases.release(command.lease_id)
+            self._tools.leases.release(command.lease_id)
 
-    def step(self) -> bool:
-        if not self._queue:
-            return False
-        command, received_at = self._queue.popleft()
-        self._reporter.announce((command.request_id,), STEP_BOUND_S)
-        queued_ms = (time.perf_counter() - received_at) * 1e3
-        try:
-            event: m.AnyEvent = self._encode(command, queued_ms)
-        except Exception as error:  # one item must not end the worker; it is logged and answered
-            event = failed(command.request_id, command.attempt, error, "encoding its media")
-        self._reporter.emit(event)
-        return bool(self._queue)
+    def _cancel(self, request_id: str) -> None:
+        self._waiting = deque(job for job in self._waiting if job.command.request_id != request_id)
+        for job in [*self._short, *self._long]:
+            job.followers = [one for one in job.followers if one.command.request_id != request_id]
+            if job.command.request_id == request_id:
+                self._end(job)
 
     @torch.inference_mode()
-    def _encode(self, command: m.EncodeMedia, queued_ms: float) -> m.MediaEncoded:
-        clock = _Clock()
-        known = self._open(command)
-        clock.lap("decode")
-        if command.media.modality == "image":
-            item, cached, keys = self._image(command, known, clock)
-            newline = 0
-        else:
-            item, cached, keys = self._video(command, known, clock)
-            newline = 1
-        reduced = _pruner(command.methods.prune, command.methods.keep).reduce(item)
-        embeddings, source = reduced.embeddings, reduced.source
-        tokens = item.embeddings.shape[0] * item.embeddings.shape[1]
-        if newline:  # ends every video, is never reduced
-            embeddings = torch.cat([embeddings, self._vision.newline[None]])
-            source = torch.cat([source, source.new_tensor([tokens])])
-        clock.lap("prune")
-        lease = self._leases.publish(
-            {"embeddings": to_numpy(embeddings), "source": source.to(torch.int32).cpu().numpy()},
-            ttl_s=LEASE_TTL_S,
-            owner=command.request_id,
-        )
-        clock.lap("publish")
-        times = m.EncodeTimes(
-            queue=queued_ms,
-            **{
-                name: clock.spent.get(name, 0.0)
-                for name in ("decode", "preprocess", "encode", "prune", "publish")
-            },
-        )
-        return m.MediaEncoded(
-            request_id=command.request_id,
-            attempt=command.attempt,
-            item=command.item,
-            encoded=m.EncodedItem(
-                lease=lease, tokens=tokens + newline, kept=len(source), key=_item_key(keys, command.methods)
-            ),
-            cached_tokens=cached,
-            report=_report(command.media, known),
-            times=times,
-        )
+    def step(self) -> bool:
+        while self._news:
+            self._hear(self._news.pop(0))
+        for _ in range(min(len(self._waiting), OPENED_PER_STEP)):
+            self._open_next()
+        batch = self._batch()
+        if batch:
+            self._look(batch)
+        self._is_long_first = not self._is_long_first
+        return bool(self._waiting) or any(map(_has_work, [*self._short, *self._long]))
 
-    def _open(self, command: m.EncodeMedia) -> _Known:
-        """The item's plan, demuxed at most once, announced to the dispatcher."""
-        media = command.media
-        name = (media.digest, media.options, media.modality, media.array_fps)
+    # help from others
+
+    def _hear(self, news: m.AwaitFrames | m.TakeFrames) -> None:
+        """Of an item that is over, or of an earlier attempt, nothing is wanted."""
+        for job in [*self._short, *self._long]:
+            own, work = job.command, job.work
+            if (own.request_id, own.attempt, own.item) != (news.request_id, news.attempt, news.item):
+                continue
+            if not isinstance(work, VideoWork):
+                continue
+            try:
+                if isinstance(news, m.AwaitFrames):
+                    work.leave(news.positions)
+                else:
+                    work.arrive(news.frames, self._directories)
+            except Exception as error:  # one item must not end the worker; it is logged and answered
+                self._fail(job, error)
+                continue
+            if not work.missing and job.pixels is None:
+                self._advance(job)
+
+    # from waiting to open
+
+    def _open_next(self) -> None:
+        """Open what has waited longest, unless something of the same file is in progress."""
+        job = self._waiting.popleft()
+        if (leader := self._flights.get(job.flight)) is not None:
+            leader.followers.append(job)
+            return
+        command = job.command
+        self._tools.reporter.announce((command.request_id,), STEP_BOUND_S)
+        clock = Clock()
+        clock.add("queue", (time.perf_counter() - job.received_at) * 1e3)
+        self._flights[job.flight] = job
+        try:
+            with clock.measure("decode"):
+                known = self._plan(command.media)
+            if isinstance(command, m.EncodeFrames):
+                job.work = FramesWork(command, known, self._tools, clock)
+            else:
+                job.work = _open_item(command, known, self._tools, clock)
+        except Exception as error:  # one item must not end the worker; it is logged and answered
+            self._fail(job, error)
+            return
+        (self._short if job.work.crops <= SHORT_CROPS else self._long).append(job)
+
+    def _plan(self, media: MediaRef) -> Known:
+        """The item's plan, demuxed at most once while it is remembered."""
+        name = _opened(media)
         known = self._known.get(name)
         if known is None:
-            known = self._known[name] = _Known(self._sandbox.plan(media))
+            known = self._known[name] = Known(self._tools.sandbox.plan(media))
             if len(self._known) > MAX_PLANS:
                 self._known.popitem(last=False)
         self._known.move_to_end(name)
-        plan, geometry = known.plan, self._geometry
-        if media.modality == "image":
-            tokens = bound = geometry.image_tokens(plan.height, plan.width, 1 if command.is_only_image else 2)
-        else:
-            tokens = geometry.video_tokens(plan.num_frames)
-            pruner = _pruner(command.methods.prune, command.methods.keep)
-            bound = pruner.plan(plan.num_frames, geometry.frame_tokens) + 1
-        self._reporter.emit(
-            m.MediaPlanned(
-                request_id=command.request_id,
-                attempt=command.attempt,
-                item=command.item,
-                tokens=tokens,
-                keep_bound=bound,
-            )
-        )
         return known
 
-    def _keys(self, command: m.EncodeMedia, plan: MediaPlan) -> list[bytes]:
-        is_image = command.media.modality == "image"
-        return [
-            frame_key(
-                source_digest=command.media.digest,
-                decoder=plan.decoder,
-                preprocessing={
-                    "modality": command.media.modality,
-                    "settings": self._preprocessing.fingerprint,
-                    # a video is the same beside any number of images
-                    "tiled": is_image and command.is_only_image,
-                },
-                time_s=time_s,
-                weights_revision=self._weights_revision,
-                salt=command.salt,
-            )
-            for time_s in plan.times_s
-        ]
+    # the tower
 
-    def _image(
-        self, command: m.EncodeMedia, known: _Known, clock: _Clock
-    ) -> tuple[VisualItem, int, list[bytes]]:
-        (key,) = self._keys(command, known.plan)
-        height, width = known.plan.height, known.plan.width
-        tiled = command.is_only_image
-        row, cached = self._cache.get(key), True
-        if row is None:
-            cached = False
-            decoded = self._sandbox.decode(command.media, known.plan, [0])
-            clock.lap("decode")
-            pixels = image_pixels(decoded.frames[0], self._preprocessing, tiled=tiled)
-            clock.lap("preprocess")
-            encoded = self._vision.image(pixels, (height, width))
-            row = Entry(encoded.embeddings, encoded.saliency)
-            self._cache.put(key, row)
-            clock.lap("encode")
-        crops = self._geometry.image_crops(height, width, 1 if tiled else 2)
-        item = VisualItem(
-            embeddings=row.embeddings[None],
-            saliency=row.saliency[None],
-            protect=self._vision.newline_rows((height, width), crops)[None],
-            modality="image",
+    def _batch(self) -> list[_Job]:
+        """Jobs with pixels for the tower, as many as fit. Waits for a decoder only for want of others."""
+        batch: list[_Job] = []
+        left = self._budget
+        decoding = list(filter(_has_work, self._long))[:MAX_AHEAD]
+        short = list(filter(_has_work, self._short))
+        jobs = [*decoding, *short] if self._is_long_first else [*short, *decoding]
+        ready = [job for job in jobs if job.pixels is not None or _work(job).is_ready()]
+        for job in ready or jobs[:1]:
+            if job.pixels is None:
+                self._advance(job)
+            if job.pixels is not None and (len(job.pixels) <= left or not batch):
+                batch.append(job)
+                left -= len(job.pixels)
+            if left <= 0:
+                break
+        return batch
+
+    def _advance(self, job: _Job) -> None:
+        """Get a job's next pixels; without any it is over."""
+        self._tools.reporter.announce((job.command.request_id,), STEP_BOUND_S)
+        try:
+            job.pixels = _work(job).pixels()
+        except Exception as error:  # one item must not end the worker; it is logged and answered
+            self._fail(job, error)
+            return
+        if job.pixels is None:
+            self._end(job)
+
+    def _look(self, batch: list[_Job]) -> None:
+        self._tools.reporter.announce(tuple(job.command.request_id for job in batch), STEP_BOUND_S)
+        pixels = [job.pixels for job in batch if job.pixels is not None]
+        started_at = time.perf_counter()
+        try:
+            features = self._tools.vision.features(pixels[0] if len(pixels) == 1 else torch.cat(pixels))
+        except Exception as error:  # a bad step must not end the worker; it is logged and answered
+            for job in batch:
+                self._fail(job, error)
+            return
+        spent_ms = (time.perf_counter() - started_at) * 1e3
+        first = 0
+        for job, crops in zip(batch, map(len, pixels), strict=True):
+            _work(job).clock.add("encode", spent_ms * crops / len(features.saliency))
+            self._take(job, Features(*(part[first : first + crops] for part in features)))
+            first += crops
+
+    def _take(self, job: _Job, features: Features) -> None:
+        job.pixels = None
+        try:
+            _work(job).take(features)
+        except Exception as error:  # one item must not end the worker; it is logged and answered
+            self._fail(job, error)
+
+    # the end
+
+    def _fail(self, job: _Job, error: Exception) -> None:
+        self._end(job)
+        command = job.command
+        self._tools.reporter.emit(failed(command.request_id, command.attempt, error, "encoding its media"))
+
+    def _end(self, job: _Job) -> None:
+        """Forget a job; who waited for it goes on, before all others."""
+        if job.work is not None:
+            job.work.close()
+        del self._flights[job.flight]
+        for lane in (self._short, self._long):
+            if job in lane:
+                lane.remove(job)
+        self._waiting.extendleft(reversed(job.followers))
+
+
+def _has_work(job: _Job) -> bool:
+    """Whether this worker has anything to do for it."""
+    return job.pixels is not None or not _work(job).is_idle()
+
+
+def _work(job: _Job) -> ItemWork:
+    assert job.work is not None, "an open job has its work"
+    return job.work
+
+
+def _open_item(command: m.EncodeMedia, known: Known, tools: Tools, clock: Clock) -> ItemWork:
+    """Begin an item, and say what is to be expected of it."""
+    plan, geometry = known.plan, tools.geometry
+    work: ImageWork | VideoWork
+    if command.media.modality == "image":
+        work = ImageWork(command, known, tools, clock)
+        bound = geometry.image_tokens(plan.height, plan.width, 1 if command.is_only_image else 2)
+        missing: tuple[int, ...] = ()
+    else:
+        work = VideoWork(command, known, tools, clock)
+        bound = pruner_of(command.methods).plan(plan.num_frames, geometry.frame_tokens) + 1
+        missing = tuple(sorted(work.missing))
+    tools.reporter.emit(
+        m.MediaPlanned(
+            request_id=command.request_id,
+            attempt=command.attempt,
+            item=command.item,
+            keep_bound=bound,
+            missing=missing,
         )
-        return item, len(row.embeddings) if cached else 0, [key]
-
-    def _video(
-        self, command: m.EncodeMedia, known: _Known, clock: _Clock
-    ) -> tuple[VisualItem, int, list[bytes]]:
-        keys = self._keys(command, known.plan)
-        rows = {i: row for i, key in enumerate(keys) if (row := self._cache.get(key)) is not None}
-        known.lost -= rows.keys()  # another range of the same file may have decoded them
-        cached = len(rows)
-        wanted = [i for i in range(len(keys)) if i not in rows and i not in known.lost]
-        for positions in _segments(wanted):
-            decoded = self._sandbox.decode(command.media, known.plan, positions)
-            known.lost |= set(positions) - set(decoded.positions)
-            clock.lap("decode")
-            if not decoded.positions:
-                continue
-            pixels = video_pixels(decoded.frames, self._preprocessing)
-            clock.lap("preprocess")
-            encoded = self._vision.video(pixels)
-            for i, embeddings, saliency in zip(
-                decoded.positions, encoded.embeddings, encoded.saliency, strict=True
-            ):
-                rows[i] = Entry(embeddings.clone(), saliency.clone())
-                self._cache.put(keys[i], rows[i])
-            clock.lap("encode")
-            # a long video is many segments: each says that the worker is alive
-            self._reporter.emit(m.Heartbeat())
-        if not rows:
-            raise MediaError("Expected a video with frames that decode, but none of its frames did")
-        ordered = [rows[i] for i in sorted(rows)]
-        item = VisualItem(
-            embeddings=torch.stack([row.embeddings for row in ordered]),
-            saliency=torch.stack([row.saliency for row in ordered]),
-            protect=None,
-            modality="video",
-        )
-        return item, cached * self._geometry.frame_tokens, [keys[i] for i in sorted(rows)]
-
-
-def _segments(positions: list[int]) -> Iterator[list[int]]:
-    for first in range(0, len(positions), SEGMENT_FRAMES):
-        yield positions[first : first + SEGMENT_FRAMES]
-
-
-def _item_key(frame_keys: list[bytes], methods: Methods) -> str:
-    """What the published rows are, in hex: equal keys, equal rows."""
-    settings = f"{methods.prune} {methods.keep}".encode()
-    return sha256(b"\0".join([*frame_keys, settings])).hexdigest()[:32]
-
-
-@lru_cache(maxsize=64)
-def _pruner(name: str, keep: float) -> Pruner:
-    return make_pruner(name, keep)
-
-
-def _report(media: MediaRef, known: _Known) -> MediaReport:
-    times = tuple(t for i, t in enumerate(known.plan.times_s) if i not in known.lost)
-    return MediaReport(
-        source=media.source,
-        frames=len(times),
-        timestamps_s=times,
-        lost_frames=len(known.lost),
-        width=known.plan.width,
-        height=known.plan.height,
     )
+    return work

@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from mmserve import messages as m
@@ -20,20 +19,18 @@ from mmserve.engine.sampler import prompt_logprobs, sample
 from mmserve.engine.scheduler import Chunk, Plan, schedule
 from mmserve.errors import BadRequest
 from mmserve.kv.base import DEFAULT_BUDGET, load_policy
-from mmserve.kv.store import KVExport
 from mmserve.kv.table import OutOfPages
 from mmserve.request import FinishReason
 from mmserve.sampling import Logprob, SamplingParams
-from mmserve.tensors import tensors_of, to_numpy
-from mmserve.transfer import LeaseStore, open_lease
-from mmserve.wire import Array, TypedArray
+from mmserve.transfer import LeaseStore
+from mmserve.workers.handoff import open_kv, publish_kv
 from mmserve.workers.loop import Reporter, failed
-from mmserve.workers.prompts import WaitingPrompt, load_rows, read_prompt
+from mmserve.workers.prompts import GrowingPrompt
 from mmserve.workers.sequences import MAX_RUNNING, Prefill, Prefilled, Sequences, slots_of
 
 Choice = tuple[int, dict[int, Logprob] | None]
+Command = m.PrefillPrompt | m.ExtendPrompt | m.DecodeFrom
 STEP_BOUND_S = 120.0
-LEASE_TTL_S = 86_400.0  # the dispatcher releases leases; this is for those it forgets
 LOGPROB_ROWS = 256
 
 
@@ -60,7 +57,7 @@ class LanguageHandler:
         self._lease_directories = lease_directories
         self._reporter = reporter
         self._token_budget = token_budget
-        self._commands: list[tuple[m.PrefillPrompt | m.DecodeFrom, float]] = []
+        self._commands: list[tuple[Command, float]] = []
         self._sequences = Sequences(runner)
         self.capacity = self._offer(runner.table.num_pages, MAX_RUNNING)
 
@@ -79,13 +76,14 @@ class LanguageHandler:
         table, sequences = self._runner.table, self._sequences
         promised = sum(table.pages_for(slots_of(command)) for command, _ in self._commands)
         promised += sequences.promised_pages()
-        places = MAX_RUNNING - len(self._commands) - len(sequences)
+        coming = sum(not isinstance(command, m.ExtendPrompt) for command, _ in self._commands)
+        places = MAX_RUNNING - coming - len(sequences)
         return self._offer(self._runner.available_pages - promised, places)
 
     # commands
 
     def handle(self, command: m.AnyCommand) -> None:
-        if isinstance(command, m.PrefillPrompt | m.DecodeFrom):
+        if isinstance(command, Command):
             self._commands.append((command, time.perf_counter()))
         elif isinstance(command, m.CancelRequest):
             self._forget(command.request_id)
@@ -96,25 +94,27 @@ class LanguageHandler:
         self._commands = [entry for entry in self._commands if entry[0].request_id != name]
         self._sequences.forget(name)
 
-    def _fail(self, command: m.PrefillPrompt | m.DecodeFrom, error: Exception, what: str) -> None:
+    def _fail(self, command: Command, error: Exception, what: str) -> None:
         """One request cannot go on; the worker does."""
         self._forget(command.request_id)
         self._reporter.emit(failed(command.request_id, command.attempt, error, what))
 
-    def _read(self, command: m.PrefillPrompt | m.DecodeFrom, received_at: float) -> None:
+    def _read(self, command: Command, received_at: float) -> None:
         sequences, table = self._sequences, self._runner.table
         if isinstance(command, m.PrefillPrompt):
-            prompt = read_prompt(
+            prompt = GrowingPrompt(
                 command,
                 arrived=sequences.arrive(),
                 received_at=received_at,
                 media_tokens=self._media_tokens,
                 directories=self._lease_directories,
             )
-            needed = table.pages_for(len(prompt) + prompt.headroom)
+            needed = table.pages_for(prompt.capacity + prompt.headroom)
             if needed > table.num_pages:
                 raise OutOfPages(f"Expected a prompt of at most {table.num_pages} KV pages, but got {needed}")
             sequences.waiting[command.request_id] = prompt
+        elif isinstance(command, m.ExtendPrompt):
+            self._extend(command)
         elif command.lease is not None:
             sequences.imports[command.request_id] = command
         elif sequences.awaits(command):
@@ -122,30 +122,43 @@ class LanguageHandler:
         else:
             raise BadRequest("Expected a prefilled sequence on this worker, but it is not here")
 
+    def _extend(self, command: m.ExtendPrompt) -> None:
+        """More of a prompt has come; of one that was cancelled, preempted or has failed nothing is wanted."""
+        name = command.request_id
+        prefill = self._sequences.prefills.get(name)
+        prompt = prefill.prompt if prefill is not None else self._sequences.waiting.get(name)
+        if prompt is None or prompt.command.attempt != command.attempt:
+            return
+        try:
+            prompt.extend(command)
+            if prefill is not None:
+                self._load(prefill)
+        except Exception as error:  # a bad part must not end the worker; it is logged and answered
+            self._fail(command, error, "reading its media")
+
+    def _load(self, prefill: Prefill) -> None:
+        started_at = time.perf_counter()
+        prefill.prompt.load(prefill.rows, self._runner)
+        now = time.perf_counter()
+        prefill.transfer_ms += (now - started_at) * 1e3
+        if prefill.stalled_at is not None and prefill.rows.ready > prefill.rows.done:
+            prefill.stalled_ms += (now - prefill.stalled_at) * 1e3
+            prefill.stalled_at = None
+
     @torch.inference_mode()
     def _import(self) -> None:
         """Take in KV that was prefilled elsewhere, in turn, as long as its pages are there."""
         for command in self._sequences.imports_in_turn():
             try:
+                assert command.lease is not None, "what is imported lies in a lease"
                 headroom = m.answer_slots(command.sampling, len(command.tokens))
-                self._runner.import_(command.request_id, self._export(command), headroom)
+                export = open_kv(command.lease, self._lease_directories)
+                self._runner.import_(command.request_id, export, headroom)
             except Exception as error:  # a bad lease must not end the worker; it is logged and answered
                 self._fail(command, error, "reading its KV")
                 continue
             del self._sequences.imports[command.request_id]
             self._sequences.begin_decode(command)
-
-    def _export(self, command: m.DecodeFrom) -> KVExport:
-        assert command.lease is not None
-        arrays = open_lease(command.lease, self._lease_directories)
-        tensors = tensors_of(command.lease, arrays)
-        return KVExport(
-            lengths=arrays["lengths"].astype(np.int32, copy=False),
-            order=arrays["order"].astype(np.int32, copy=False),
-            position=arrays["position"].astype(np.int32, copy=False),
-            k=tensors["k"],
-            v=tensors["v"],
-        )
 
     # steps
 
@@ -192,7 +205,7 @@ class LanguageHandler:
     def _run_from_where_it_is(self, chunk: Chunk) -> Chunk:
         """What was cached when the plan was made may have given way to who was admitted before."""
         rows = self._sequences.prefills[chunk.sequence].rows
-        stop = min(rows.done + chunk.stop - chunk.start, len(rows))
+        stop = min(rows.done + chunk.stop - chunk.start, rows.ready)
         return Chunk(chunk.sequence, rows.done, stop)
 
     def _preempt(self, name: str) -> None:
@@ -201,11 +214,11 @@ class LanguageHandler:
         self._forget(name)
         self._reporter.emit(m.RequestPreempted(request_id=name, attempt=attempt))
 
-    def _admit(self, prompt: WaitingPrompt) -> bool:
+    def _admit(self, prompt: GrowingPrompt) -> bool:
         name = prompt.command.request_id
         started_at = time.perf_counter()
         try:
-            rows = load_rows(prompt, self._runner, self._lease_directories)
+            rows = prompt.begin(self._runner)
             self._runner.add(
                 name,
                 rows,
@@ -227,6 +240,7 @@ class LanguageHandler:
             queue_ms=(started_at - prompt.received_at) * 1e3,
             transfer_ms=(transferred_at - started_at) * 1e3,
             started_at=transferred_at,
+            stalled_at=transferred_at if rows.done == rows.ready else None,
         )
         return True
 
@@ -248,8 +262,13 @@ class LanguageHandler:
         sampled = [token for name in going_on if (token := self._advance(name, *chosen[name]))]
         if sampled:
             self._reporter.emit(m.TokensDecoded(tokens=tuple(sampled)))
-        for name in (chunk.sequence for chunk in plan.chunks if chunk.sequence in chosen):
+        now = time.perf_counter()
+        for name in (chunk.sequence for chunk in plan.chunks if chunk.sequence in sequences.prefills):
             prefill = sequences.prefills[name]
+            if name not in chosen:
+                if prefill.rows.done == prefill.rows.ready:
+                    prefill.stalled_at = now
+                continue
             try:
                 self._finish_prompt(prefill, *chosen[name])
             except OutOfPages:  # to compress its KV takes some more, for a moment
@@ -279,7 +298,7 @@ class LanguageHandler:
             logits = self._runner.logits(hidden[start - chunk.start : stop - chunk.start])
             targets = torch.from_numpy(prompt.token_ids[start + 1 : stop + 1])
             found = prompt_logprobs(logits, targets.to(logits.device), asked or 0)
-            where = prompt.rows.order[start + 1 : stop + 1].tolist()
+            where = prompt.order[start + 1 : stop + 1].tolist()
             prefill.logprobs.update(zip(where, found, strict=True))
 
     def _advance(self, name: str, token: int, logprobs: dict[int, Logprob] | None) -> m.Sampled | None:
@@ -327,8 +346,7 @@ class LanguageHandler:
         name = command.request_id
         first = None if command.forced else self._sampled(command, 0, token, logprobs, command.sampling)
         before = runner.kv_bytes(name)
-        if prompt.identity is not None:
-            runner.remember(name, prompt.identity)
+        runner.remember(name, prompt.identity)
         if command.methods.kv != "none":
             budget = command.methods.kv_budget
             runner.compress(
@@ -345,7 +363,7 @@ class LanguageHandler:
         lease = None
         is_over = first is not None and first.finish is not None
         if command.hand_off and not is_over:
-            lease = self._publish(name)
+            lease = publish_kv(runner.export(name), self._leases, owner=name)
         if command.hand_off or is_over:
             runner.release(name)
         else:
@@ -358,8 +376,8 @@ class LanguageHandler:
                 attempt=command.attempt,
                 first=first,
                 lease=lease,
-                next_order=len(prompt.layout.token_ids),
-                next_position=int(prompt.rows.position[-1]) + 1,
+                next_order=prompt.length,
+                next_position=int(prompt.position[-1]) + 1,
                 slots=slots,
                 kv_bytes=after,
                 kv_bytes_uncompressed=before,
@@ -367,24 +385,13 @@ class LanguageHandler:
                 prompt_logprobs=_by_token(prefill),
                 queue_ms=prefill.queue_ms,
                 transfer_ms=prefill.transfer_ms + (time.perf_counter() - prefilled_at) * 1e3,
-                prefill_ms=(prefilled_at - prefill.started_at) * 1e3,
+                prefill_ms=(prefilled_at - prefill.started_at) * 1e3 - prefill.stalled_ms,
             )
         )
-
-    def _publish(self, name: str) -> m.Lease:
-        export = self._runner.export(name)
-        arrays: dict[str, Array | TypedArray] = {
-            "lengths": export.lengths,
-            "order": export.order,
-            "position": export.position,
-            "k": to_numpy(export.k),
-            "v": to_numpy(export.v),
-        }
-        return self._leases.publish(arrays, ttl_s=LEASE_TTL_S, owner=name)
 
 
 def _by_token(prefill: Prefill) -> tuple[dict[int, Logprob] | None, ...] | None:
     """One entry per token of the uncompressed prompt; none for the first and for what was pruned."""
     if not prefill.rows.wants_logits:
         return None
-    return tuple(prefill.logprobs.get(place) for place in range(len(prefill.prompt.layout.token_ids)))
+    return tuple(prefill.logprobs.get(place) for place in range(prefill.prompt.length))

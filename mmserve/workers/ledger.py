@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from mmserve import messages as m
 from mmserve.errors import MMServeError
+from mmserve.messages import Role
 from mmserve.request import FinishReason
-from mmserve.workers.records import Record, State, Worker
+from mmserve.workers.records import Item, Record, State, Worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,9 @@ class Ledger:
         self.counts: dict[str, int] = {}  # events by reason, for /metrics
         self.lease_owner: dict[str, str] = {}
 
+    def ready_roles(self) -> set[Role]:
+        return {role for worker in self.workers.values() if not worker.is_killed for role in worker.roles}
+
     def _count(self, reason: str) -> None:
         self.counts[reason] = self.counts.get(reason, 0) + 1
 
@@ -67,16 +71,27 @@ class Ledger:
     def _end(self, record: Record, state: State, tokens: tuple[m.Sampled, ...] = ()) -> None:
         del self.records[record.request_id]
         self._count(state.value)
-        for worker in self.workers.values():
-            if record.request_id in worker.holds:
-                self._leave(worker, record)
-                if state is not State.FINISHED or record.finish is FinishReason.STOP:
-                    self._tell(worker, m.CancelRequest(request_id=record.request_id))
+        is_known_to_all = state is State.FINISHED and record.finish is not FinishReason.STOP
+        self._recall(record, is_known=is_known_to_all)
         self._release_embeddings(record)
         if record.kv_lease is not None:
             self._release(record.kv_lease)
         record.end(state, self.clock())
         self.updates.append(Update(record.request_id, tokens, record, True))
+
+    def _recall(self, record: Record, *, is_known: bool = False) -> None:
+        """No worker has it any more; they are told, unless they know."""
+        for worker in self.workers.values():
+            if record.request_id in worker.holds:
+                self._leave(worker, record)
+                if not is_known:
+                    self._tell(worker, m.CancelRequest(request_id=record.request_id))
+
+    def _leave_if_done(self, worker: Worker, record: Record) -> None:
+        """A worker may have several items of a request, and several stages."""
+        helpers = [name for item in record.items for name in item.helpers]
+        if worker.name not in (record.worker, *helpers, *(item.worker for item in record.items)):
+            self._leave(worker, record)
 
     def _leave(self, worker: Worker, record: Record) -> None:
         worker.holds.discard(record.request_id)
@@ -85,8 +100,11 @@ class Ledger:
 
     def _release_embeddings(self, record: Record) -> None:
         for item in record.items:
-            if item.encoded is not None:
-                self._release(item.encoded.lease)
+            self._release_parts(item)
+
+    def _release_parts(self, item: Item) -> None:
+        for lease in (*item.lent, *(part.lease for part in item.parts)):
+            self._release(lease)
 
     def _release(self, lease: m.Lease) -> None:
         """Tell the owner, or leave it to the shell when the owner is gone. Idempotent."""
@@ -101,6 +119,8 @@ class Ledger:
     def _discard(self, event: m.AnyEvent) -> None:
         """The last words of a dead worker: what it published has no owner any more."""
         if isinstance(event, m.MediaEncoded):
-            self.orphaned.append(event.encoded.lease)
+            self.orphaned.append(event.part.lease)
+        elif isinstance(event, m.FramesEncoded) and event.frames.lease is not None:
+            self.orphaned.append(event.frames.lease)
         elif isinstance(event, m.PromptPrefilled) and event.lease is not None:
             self.orphaned.append(event.lease)

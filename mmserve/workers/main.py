@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from mmserve.config import EmbeddingTiers
 from mmserve.errors import ConfigError
 from mmserve.log import setup_logging
 from mmserve.media.limits import MediaLimits
@@ -53,6 +54,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     gpu_memory_utilization: float = 0.9
     max_num_batched_tokens: int | None = None
     embedding_cache_bytes: int = 256 << 20
+    embedding_tiers: EmbeddingTiers = EmbeddingTiers()
     page_size: int = 32
     limits: MediaLimits = MediaLimits()
 
@@ -91,25 +93,30 @@ def _encode_handler(
     reporter: Reporter,
     stack: ExitStack,
 ) -> Handler:
-    from mmserve.encoders.cache import EmbeddingCache
+    from mmserve.encoders.tiers.open import open_cache
+    from mmserve.media.pool import SandboxPool
     from mmserve.media.preprocess import Preprocessing
-    from mmserve.media.sandbox import Sandbox
     from mmserve.models.layout.llava_onevision import Geometry
     from mmserve.models.loader import load_vision
     from mmserve.workers.encode import EncodeHandler
+    from mmserve.workers.items import Tools
 
-    sandbox = Sandbox(Path(config.directories[0]), config.limits)
+    vision = load_vision(checkpoint)
+    cache = open_cache(config.embedding_cache_bytes, config.embedding_tiers, vision.newline)
+    stack.callback(cache.close)
+    sandbox = SandboxPool(Path(config.directories[0]), config.limits)
     stack.callback(sandbox.close)
-    return EncodeHandler(
-        vision=load_vision(checkpoint),
+    tools = Tools(
+        vision=vision,
         geometry=Geometry.from_config(checkpoint.config.to_dict()),
         preprocessing=Preprocessing.from_model_dir(checkpoint.path),
         weights_revision=revision,
         sandbox=sandbox,
-        cache=EmbeddingCache(config.embedding_cache_bytes),
+        cache=cache,
         leases=leases,
         reporter=reporter,
     )
+    return EncodeHandler(tools, tuple(map(Path, config.directories)))
 
 
 def _language_handler(

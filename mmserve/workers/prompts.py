@@ -1,45 +1,118 @@
 """From a prefill command to the rows that are run, and to what tells their KV apart from all other.
 
-Embeddings are read when a prompt is admitted: many prompts may wait, and theirs would fill the memory.
+A prompt grows: its items are encoded part by part, and what stands before the first missing part can be
+run. Embeddings are read from when a prompt is admitted: many may wait, and theirs would fill the memory.
 Knows nothing about scheduling or steps.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from mmserve import messages as m
-from mmserve.engine.runner import PromptRows, Runner, most_cached
-from mmserve.errors import BadRequest
-from mmserve.kv.identity import Identity, identity_rows
-from mmserve.models.layout.llava_onevision import PromptLayout, Survivors, expand, survivors
+from mmserve.engine.runner import PromptRows, Runner, most_cached, rows_ready
+from mmserve.errors import BadRequest, WireError
+from mmserve.kv.identity import KEY_BYTES, WORDS, Identity, identity_rows
+from mmserve.models.layout import Rows, Walk, positions
 from mmserve.request import Methods
 from mmserve.tensors import tensors_of
 from mmserve.transfer import open_lease
+from mmserve.wire import Array
 
 MAX_PROMPT_LOGPROBS = 1 << 14  # reported candidates of a prompt: they travel in one message
 
 
-@dataclass(slots=True, kw_only=True)
-class WaitingPrompt:
-    """A prompt that has no pages yet. `arrived` numbers the commands of this worker."""
+class _Piece(NamedTuple):
+    """Rows that were laid out together: text, or those of the part in `lease`."""
 
-    command: m.PrefillPrompt
-    arrived: int
-    received_at: float
-    layout: PromptLayout
-    rows: Survivors
-    identity: Identity | None
+    start: int
+    stop: int
+    lease: m.Lease | None
+
+
+class _Item:
+    """What has come of an item and is not laid out yet."""
+
+    def __init__(self, item: m.PromptItem) -> None:
+        self.parts = deque(item.parts)
+        self.is_whole = item.is_whole
+
+
+class GrowingPrompt:
+    """A prompt from its beginning to the first part that is missing.
+
+    `arrived` numbers the commands of this worker.
+    """
+
+    def __init__(
+        self,
+        command: m.PrefillPrompt,
+        *,
+        arrived: int,
+        received_at: float,
+        media_tokens: tuple[int, int],
+        directories: Sequence[Path],
+    ) -> None:
+        """Lay out what is there; raises what is wrong with it."""
+        self.command = command
+        self.arrived = arrived
+        self.received_at = received_at
+        self._directories = directories
+        self._walk = Walk(command.token_ids, len(command.items), media_tokens)
+        self._items = [_Item(item) for item in command.items]
+        # most rows that it can have
+        self.capacity = (
+            len(command.token_ids) - len(command.items) + sum(item.keep_bound for item in command.items)
+        )
+        if self.capacity <= 0:
+            raise BadRequest("Expected a prompt of at least one token, but it is empty")
+        self._token_ids = np.empty(self.capacity, np.int64)
+        self._order = np.empty(self.capacity, np.int32)
+        self._position = np.empty(self.capacity, np.int32)
+        self._is_visual = np.empty(self.capacity, np.bool_)
+        self._identity = np.empty((self.capacity, WORDS), np.uint64)
+        self._pieces: list[_Piece] = []
+        self._loaded = 0  # pieces whose embeddings were read
+        self._rows = 0
+        self._grow()
 
     def __len__(self) -> int:
-        return len(self.rows.order)
+        return self._rows
+
+    @property
+    def is_whole(self) -> bool:
+        return self._walk.is_over
+
+    @property
+    def length(self) -> int:
+        """Tokens of the uncompressed prompt so far."""
+        return self._walk.length
+
+    @property
+    def token_ids(self) -> NDArray[np.int64]:
+        """The token of every row."""
+        return self._token_ids[: self._rows]
+
+    @property
+    def order(self) -> NDArray[np.int32]:
+        """The index of every row in the uncompressed prompt."""
+        return self._order[: self._rows]
+
+    @property
+    def position(self) -> NDArray[np.int32]:
+        """The RoPE position of every row."""
+        return self._position[: self._rows]
+
+    @property
+    def is_visual(self) -> NDArray[np.bool_]:
+        return self._is_visual[: self._rows]
 
     @property
     def headroom(self) -> int:
@@ -48,11 +121,18 @@ class WaitingPrompt:
         return 0 if command.hand_off else m.answer_slots(command.sampling, len(command.forced))
 
     @property
+    def ready(self) -> int:
+        """How many leading rows may be run now."""
+        return rows_ready(len(self), is_whole=self.is_whole, is_observed=self.is_observed)
+
+    @property
     def most_cached(self) -> int:
         """How many leading rows may come from the prefix cache."""
-        if self.identity is None or self.wants_logits:
+        if self.wants_logits:
             return 0
-        return most_cached(self.rows.is_visual, is_observed=self.is_observed)
+        if not self.is_whole:
+            return self.ready
+        return most_cached(self.is_visual, is_observed=self.is_observed)
 
     @property
     def is_observed(self) -> bool:
@@ -63,84 +143,104 @@ class WaitingPrompt:
         return self.command.sampling.prompt_logprobs is not None
 
     @property
-    def token_ids(self) -> NDArray[np.int64]:
-        """The token of every row."""
-        return self.layout.token_ids[self.rows.order]
+    def identity(self) -> Identity:
+        """What every row holds."""
+        salt, settings = self.command.salt.encode(), _settings(self.command.methods)
+        return Identity(salt, settings, self._identity[: self._rows])
 
+    # growing
 
-def read_prompt(
-    command: m.PrefillPrompt,
-    *,
-    arrived: int,
-    received_at: float,
-    media_tokens: tuple[int, int],
-    directories: Sequence[Path],
-) -> WaitingPrompt:
-    """Lay a prompt out; raises what is wrong with it."""
-    layout = expand(command.token_ids, [item.tokens for item in command.items], media_tokens)
-    kept = [
-        open_lease(item.lease, directories)["source"].astype(np.int32, copy=False) for item in command.items
-    ]
-    rows = survivors(layout, kept)
-    if len(rows.order) == 0:
-        raise BadRequest("Expected a prompt of at least one token, but it is empty")
-    asked = command.sampling.prompt_logprobs
-    if asked is not None and len(layout.token_ids) * (asked + 1) > MAX_PROMPT_LOGPROBS:
-        raise BadRequest(
-            f"Expected prompt_logprobs of at most {MAX_PROMPT_LOGPROBS} candidates in total, "
-            f"but got {len(layout.token_ids)} tokens with {asked + 1} each"
+    def extend(self, command: m.ExtendPrompt) -> None:
+        """Take the next part of an item."""
+        item = self._items[command.item]
+        item.parts.append(command.part)
+        item.is_whole = command.is_last
+        self._grow()
+
+    def _grow(self) -> None:
+        walk = self._walk
+        self._add_text()
+        while not walk.is_over:
+            item = self._items[walk.item]
+            while item.parts:
+                self._add_part(item.parts.popleft())
+            if not item.is_whole:
+                return
+            walk.leave_item()
+            self._add_text()
+        self._check_logprobs()
+
+    def _add_text(self) -> None:
+        rows = self._walk.text()
+        if len(rows):
+            self._add(rows, rows.token_ids, np.zeros((len(rows), KEY_BYTES), np.uint8), None)
+
+    def _add_part(self, part: m.EncodedPart) -> None:
+        arrays = open_lease(part.lease, self._directories)
+        rows = self._walk.part(part.tokens, _column(arrays, "source"))
+        self._add(rows, _column(arrays, "index"), arrays["key"].astype(np.uint8, copy=False), part.lease)
+
+    def _add(
+        self, rows: Rows, held: NDArray[np.integer[Any]], keys: NDArray[np.uint8], lease: m.Lease | None
+    ) -> None:
+        start, stop = self._rows, self._rows + len(rows)
+        if stop > self.capacity:
+            raise WireError(f"Expected a prompt of at most {self.capacity} rows, but got {stop}")
+        here = slice(start, stop)
+        self._token_ids[here] = rows.token_ids
+        self._order[here] = rows.order
+        self._position[here] = positions(start, len(rows))
+        self._is_visual[here] = rows.is_visual
+        self._identity[here] = identity_rows(
+            held=held, keys=keys, order=self._order[here], position=self._position[here]
         )
-    return WaitingPrompt(
-        command=command,
-        arrived=arrived,
-        received_at=received_at,
-        layout=layout,
-        rows=rows,
-        identity=_identity(command, layout, rows, kept),
-    )
+        self._pieces.append(_Piece(start, stop, lease))
+        self._rows = stop
+
+    def _check_logprobs(self) -> None:
+        asked = self.command.sampling.prompt_logprobs
+        if asked is not None and self.length * (asked + 1) > MAX_PROMPT_LOGPROBS:
+            raise BadRequest(
+                f"Expected prompt_logprobs of at most {MAX_PROMPT_LOGPROBS} candidates in total, "
+                f"but got {self.length} tokens with {asked + 1} each"
+            )
+
+    # running
+
+    @torch.inference_mode()
+    def begin(self, runner: Runner) -> PromptRows:
+        """What the runner runs, as far as it is there. Begun again where there were no pages for it."""
+        self._loaded = 0
+        rows = PromptRows(
+            embeddings=runner.new_rows(self.capacity),
+            order=self.order,
+            position=self.position,
+            is_visual=self.is_visual,
+            is_whole=False,
+            is_observed=self.is_observed,
+            wants_logits=self.wants_logits,
+        )
+        self.load(rows, runner)
+        return rows
+
+    @torch.inference_mode()
+    def load(self, rows: PromptRows, runner: Runner) -> None:
+        """Add what has come since: read the media's embeddings from their leases, look up those of text."""
+        for start, stop, lease in self._pieces[self._loaded :]:
+            if lease is None:
+                rows.embeddings[start:stop] = runner.embed(self._token_ids[start:stop])
+            else:
+                arrays = open_lease(lease, self._directories)
+                rows.embeddings[start:stop] = tensors_of(lease, arrays)["embeddings"].to(rows.embeddings)
+        self._loaded = len(self._pieces)
+        rows.order, rows.position, rows.is_visual = self.order, self.position, self.is_visual
+        rows.is_whole = self.is_whole
 
 
-def _identity(
-    command: m.PrefillPrompt, layout: PromptLayout, rows: Survivors, kept: Sequence[NDArray[np.int32]]
-) -> Identity | None:
-    """What every row holds; None when an item does not say what it is."""
-    if not all(item.key for item in command.items):
-        return None
-    return Identity(
-        salt=command.salt.encode(),
-        settings=_settings(command.methods),
-        rows=identity_rows(
-            token_ids=layout.token_ids[rows.order],
-            is_visual=rows.is_visual,
-            media=[
-                (bytes.fromhex(item.key), source) for item, source in zip(command.items, kept, strict=True)
-            ],
-            order=rows.order,
-            position=rows.position,
-        ),
-    )
+def _column(arrays: dict[str, Array], name: str) -> NDArray[np.int32]:
+    return arrays[name].astype(np.int32, copy=False)
 
 
 def _settings(methods: Methods) -> bytes:
     """Everything that changes the KV of a prompt before a KV policy acts."""
     return f"{methods.prune} {methods.keep} {methods.attention} {methods.kv_dtype}".encode()
-
-
-@torch.inference_mode()
-def load_rows(prompt: WaitingPrompt, runner: Runner, directories: Sequence[Path]) -> PromptRows:
-    """Read the media's embeddings out of their leases, and look up those of the text."""
-    command, rows = prompt.command, prompt.rows
-    embeddings = runner.embed(prompt.token_ids)
-    visual: list[Tensor] = [
-        tensors_of(item.lease, open_lease(item.lease, directories))["embeddings"] for item in command.items
-    ]
-    if visual:
-        embeddings[torch.from_numpy(rows.is_visual)] = torch.cat(visual).to(embeddings)
-    return PromptRows(
-        embeddings=embeddings,
-        order=rows.order,
-        position=rows.position,
-        is_visual=rows.is_visual,
-        is_observed=prompt.is_observed,
-        wants_logits=prompt.wants_logits,
-    )

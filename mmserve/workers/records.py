@@ -10,9 +10,10 @@ from signal import SIGKILL
 from mmserve.errors import MMServeError
 from mmserve.messages import (
     Credits,
-    EncodedItem,
-    EncodeTimes,
+    EncodedMedia,
+    EncodedPart,
     Lease,
+    PromptItem,
     PromptPrefilled,
     Role,
     Sampled,
@@ -40,14 +41,41 @@ class State(StrEnum):
 
 @dataclass(slots=True)
 class Item:
-    """One media item of a request."""
+    """One media item of a request. Its parts come one after the other, `whole` with the last."""
 
     worker: str | None = None  # who encodes it now
-    keep_bound: int = 0  # most tokens it can end up with, once planned
-    encoded: EncodedItem | None = None
-    cached_tokens: int = 0
-    report: MediaReport | None = None
-    times: EncodeTimes | None = None
+    keep_bound: int | None = None  # most tokens it can end up with, once planned
+    helpers: dict[str, set[int]] = field(default_factory=dict)  # by worker: frames it still encodes
+    lent: list[Lease] = field(default_factory=list)  # what they have sent to its worker
+    parts: list[EncodedPart] = field(default_factory=list)
+    whole: EncodedMedia | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        return self.whole is not None
+
+    @property
+    def tokens(self) -> int:
+        return sum(part.tokens for part in self.parts)
+
+    @property
+    def kept(self) -> int:
+        return sum(part.kept for part in self.parts)
+
+    @property
+    def most_kept(self) -> int:
+        """Of a planned item, how many rows to count with."""
+        if self.is_whole:
+            return self.kept
+        assert self.keep_bound is not None, "an item without a plan has no bound"
+        return self.keep_bound
+
+    @property
+    def report(self) -> MediaReport | None:
+        return None if self.whole is None else self.whole.report
+
+    def for_prefill(self) -> PromptItem:
+        return PromptItem(parts=tuple(self.parts), is_whole=self.is_whole, keep_bound=self.most_kept)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -87,6 +115,21 @@ class Record:
         return tuple(token.token_id for token in self.tokens)
 
     @property
+    def can_prefill(self) -> bool:
+        """Whether every item is planned, and the first one has begun to come."""
+        is_planned = all(item.is_whole or item.keep_bound is not None for item in self.items)
+        return is_planned and all(item.parts for item in self.items[:1])
+
+    @property
+    def is_encoded(self) -> bool:
+        return all(item.is_whole for item in self.items)
+
+    @property
+    def prompt_slots(self) -> int:
+        """Slots per head that its prompt takes at most, once its items are planned."""
+        return sum(item.most_kept for item in self.items) + self.text_slots
+
+    @property
     def text_slots(self) -> int:
         return len(self.submitted.token_ids) - len(self.submitted.media)
 
@@ -116,15 +159,14 @@ class Record:
         return self.deaths_without_progress >= MAX_DEATHS or (was_alone and by_signal != SIGKILL)
 
     def usage(self) -> Usage:
-        encoded = [item.encoded for item in self.items if item.encoded is not None]
-        visual = sum(item.tokens for item in encoded)
+        visual = sum(item.tokens for item in self.items)
         return Usage(
             prompt_tokens=len(self.submitted.token_ids) - len(self.items) + visual,
             completion_tokens=len(self.tokens),
             cached_tokens=self.prefilled.cached_slots if self.prefilled else 0,
             visual_tokens=visual,
-            visual_tokens_kept=sum(item.kept for item in encoded),
-            visual_tokens_cached=sum(item.cached_tokens for item in self.items),
+            visual_tokens_kept=sum(item.kept for item in self.items),
+            visual_tokens_cached=sum(item.whole.cached_tokens for item in self.items if item.whole),
             kv_bytes=self.prefilled.kv_bytes if self.prefilled else 0,
             kv_bytes_uncompressed=self.prefilled.kv_bytes_uncompressed if self.prefilled else 0,
         )
@@ -133,7 +175,7 @@ class Record:
         """Stage times whose parts sum to `ttft`; parts that ran in parallel are scaled to fit."""
         end = self.ended_at if self.ended_at is not None else self.admitted_at
         first = self.first_token_at if self.first_token_at is not None else end
-        times = [item.times for item in self.items if item.times is not None]
+        times = [item.whole.times for item in self.items if item.whole]
         prefilled = self.prefilled
         parts = {
             "fetch": self.fetch_ms,
@@ -183,6 +225,11 @@ class Worker:
         self.is_killed = False  # it was only slow, or there is nobody to kill it
         while self.unseen and self.unseen[0][0] <= seen:
             self.unseen.popleft()
+
+    @property
+    def can_help(self) -> bool:
+        """Whether it encodes and has nothing else to do."""
+        return Role.ENCODE in self.roles and not self.holds and self.reserved_for is None and self.can_take(0)
 
     def can_take(self, slots: int) -> bool:
         free_requests = self.credits.requests - len(self.unseen)

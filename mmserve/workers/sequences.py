@@ -16,20 +16,22 @@ from mmserve.engine.sampler import Row
 from mmserve.engine.scheduler import Decoding, EngineState, Prefilling, Waiting
 from mmserve.kv.identity import Identity
 from mmserve.sampling import Logprob
-from mmserve.workers.prompts import WaitingPrompt
+from mmserve.workers.prompts import GrowingPrompt
 
 MAX_RUNNING = 64
 
 
 @dataclass(slots=True, kw_only=True)
 class Prefill:
-    """A prompt that is being run."""
+    """A prompt that is being run. Times are of `time.perf_counter`."""
 
-    prompt: WaitingPrompt
+    prompt: GrowingPrompt
     rows: PromptRows
     queue_ms: float
     transfer_ms: float
     started_at: float
+    stalled_at: float | None = None  # since when it waits for more of its rows
+    stalled_ms: float = 0.0
     # by index in the uncompressed prompt, when asked for
     logprobs: dict[int, dict[int, Logprob]] = field(default_factory=dict)
 
@@ -38,7 +40,7 @@ class Prefill:
 class Prefilled:
     """A prompt whose KV is here and whose `DecodeFrom` is on its way. `identity` None: not to be shared."""
 
-    prompt: WaitingPrompt
+    prompt: GrowingPrompt
     identity: Identity | None
 
 
@@ -64,7 +66,7 @@ class Sequences:
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self._arrivals = count()
-        self.waiting: dict[str, WaitingPrompt] = {}
+        self.waiting: dict[str, GrowingPrompt] = {}
         self.imports: dict[str, m.DecodeFrom] = {}  # their KV lies in a lease
         self.prefills: dict[str, Prefill] = {}
         self.prefilled: dict[str, Prefilled] = {}
@@ -120,7 +122,7 @@ class Sequences:
     def promised_pages(self) -> int:
         """What those that have no pages yet will take."""
         table = self._runner.table
-        prompts = sum(table.pages_for(len(prompt) + prompt.headroom) for prompt in self.waiting.values())
+        prompts = sum(table.pages_for(prompt.capacity + prompt.headroom) for prompt in self.waiting.values())
         return prompts + sum(table.pages_for(slots_of(command)) for command in self.imports.values())
 
     def state(self, token_budget: int) -> EngineState:
@@ -130,7 +132,7 @@ class Sequences:
             waiting=tuple(self._not_held_back()),
             prefilling=(
                 *(self._admitted(name, one.prompt, one.rows.done) for name, one in self.prefills.items()),
-                *(self._admitted(name, one.prompt, len(one.prompt)) for name, one in self.prefilled.items()),
+                *(self._admitted(name, one.prompt, one.prompt.ready) for name, one in self.prefilled.items()),
             ),
             decoding=tuple(
                 Decoding(
@@ -147,13 +149,13 @@ class Sequences:
             token_budget=token_budget,
         )
 
-    def _admitted(self, name: str, prompt: WaitingPrompt, done: int) -> Prefilling:
+    def _admitted(self, name: str, prompt: GrowingPrompt, done: int) -> Prefilling:
         return Prefilling(
             sequence=name,
             priority=prompt.command.priority,
             arrived=prompt.arrived,
             done=done,
-            total=len(prompt),
+            ready=prompt.ready,
             pages=self._runner.pages_freed_by(name),
         )
 
@@ -173,21 +175,21 @@ class Sequences:
                     priority=prompt.command.priority,
                     arrived=prompt.arrived,
                     done=cached,
-                    rows=len(prompt) - cached,
-                    pages=self._runner.table.pages_for(len(prompt) + prompt.headroom) - busy,
+                    ready=prompt.ready,
+                    pages=self._runner.table.pages_for(prompt.capacity + prompt.headroom) - busy,
                 )
             )
         return going_on
 
     def _is_worth_waiting_for(
-        self, prompt: WaitingPrompt, cached: int, other: WaitingPrompt, done: int
+        self, prompt: GrowingPrompt, cached: int, other: GrowingPrompt, done: int
     ) -> bool:
         """Whether `other` leaves more behind than half of what it has still to run, and comes first."""
-        if prompt.identity is None or other.identity is None or _turn(other) > _turn(prompt):
+        if _turn(other) > _turn(prompt):
             return False
         size = self._runner.table.page_size
         shared = min(prompt.identity.common(other.identity), prompt.most_cached) // size * size
-        return shared - cached > (len(other) - done) // 2
+        return shared - cached > (other.capacity - done) // 2
 
     def sampler_row(self, name: str, eos_tokens: tuple[int, ...]) -> Row:
         if name in self.decodes:
@@ -207,16 +209,16 @@ class Sequences:
         return decode.identity.extended(tokens, start.next_order + fed, start.next_position + fed)
 
 
-def _turn(prompt: WaitingPrompt) -> tuple[int, int]:
+def _turn(prompt: GrowingPrompt) -> tuple[int, int]:
     return prompt.command.priority, prompt.arrived
 
 
-def slots_of(command: m.PrefillPrompt | m.DecodeFrom) -> int:
+def slots_of(command: m.PrefillPrompt | m.ExtendPrompt | m.DecodeFrom) -> int:
     """Slots per head that a command takes at first; a sequence that is here has its pages already."""
     if isinstance(command, m.PrefillPrompt):
         text = len(command.token_ids) - len(command.items)
-        kept = sum(item.kept for item in command.items)
-        return text + kept + m.answer_slots(command.sampling, len(command.forced))
-    if command.lease is None:
+        visual = sum(item.keep_bound for item in command.items)
+        return text + visual + m.answer_slots(command.sampling, len(command.forced))
+    if isinstance(command, m.ExtendPrompt) or command.lease is None:
         return 0
     return command.slots + m.answer_slots(command.sampling, len(command.tokens))

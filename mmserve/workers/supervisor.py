@@ -53,7 +53,8 @@ def worker_configs(config: ServeConfig, endpoint: str, directories: Sequence[str
             gpu_memory_utilization=_gpu_share(config),
             max_num_batched_tokens=config.max_num_batched_tokens,
             embedding_cache_bytes=config.cache.embedding_cache_bytes,
-            limits=MediaLimits.from_config(config.limits),
+            embedding_tiers=config.cache.embedding_tiers,
+            limits=MediaLimits.from_config(config.limits, config.video_backend),
         )
         for role, count in counts.items()
         for slot in range(count)

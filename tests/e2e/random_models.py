@@ -27,7 +27,8 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mmserve.media.preprocess import Preprocessing, image_pixels, video_pixels
-from mmserve.models.layout.llava_onevision import Geometry, expand
+from mmserve.models.layout import expand
+from mmserve.models.layout.llava_onevision import Geometry
 from mmserve.models.resolve import resolve
 
 Pixels = NDArray[np.uint8]
@@ -251,7 +252,7 @@ class RandomOracle:
             for token in request.token_ids
             if token in (image, video)
         ]
-        return tuple(expand(request.token_ids, counts, (image, video)).token_ids.tolist())
+        return tuple(expand(request.token_ids, counts, (image, video)).tolist())
 
     def _pixels(self, request: RandomRequest) -> dict[str, Any]:
         made: dict[str, Any] = {}

@@ -23,7 +23,7 @@ def state(
 def waiting(
     name: str, arrived: int, *, rows: int = 10, pages: int = 1, priority: int = 0, done: int = 0
 ) -> Waiting:
-    return Waiting(name, priority, arrived, done, rows, pages)
+    return Waiting(name, priority, arrived, done, done + rows, pages)
 
 
 def prefilling(

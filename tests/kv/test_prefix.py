@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mmserve.kv import identity as identities
-from mmserve.kv.identity import Identity, identity_rows, orders_of, positions_of
+from mmserve.kv.identity import KEY_BYTES, Identity, identity_rows, orders_of, positions_of
 from mmserve.kv.prefix import PrefixCache
 from mmserve.kv.table import PageTable
 
@@ -19,13 +19,7 @@ BLOCK = LAYERS * HEADS  # pages of one
 def text(*tokens: int, salt: bytes = b"a", settings: bytes = b"dense") -> Identity:
     """A prompt without media."""
     span = np.arange(len(tokens), dtype=np.int32)
-    rows = identity_rows(
-        token_ids=np.array(tokens, np.int64),
-        is_visual=np.zeros(len(tokens), np.bool_),
-        media=[],
-        order=span,
-        position=span,
-    )
+    rows = identity_rows(held=np.array(tokens, np.int64), order=span, position=span)
     return Identity(salt, settings, rows)
 
 
@@ -214,15 +208,11 @@ def visual(
     key: bytes = b"one", source: tuple[int, ...] = (0, 3), shift: int = 0, token: int = 7
 ) -> list[tuple[int, ...]]:
     """Rows of two text tokens around an item of two surviving tokens."""
-    media = [(sha256(key).digest(), np.array(source, np.int32))]
     order = np.array([0, 1, 4, 5], np.int32)
-    rows = identity_rows(
-        token_ids=np.array([token, 99, 99, 8]),
-        is_visual=np.array([False, True, True, False]),
-        media=media,
-        order=order,
-        position=order + shift,
-    )
+    keys = np.zeros((4, KEY_BYTES), np.uint8)
+    keys[1:3] = np.frombuffer(sha256(key).digest()[:KEY_BYTES], np.uint8)
+    held = np.array([token, *source, 8])
+    rows = identity_rows(held=held, keys=keys, order=order, position=order + shift)
     return [tuple(row) for row in rows.tolist()]
 
 
@@ -242,12 +232,6 @@ def test_orders_and_positions_come_back(axes: int) -> None:
     position = np.array([[1, 0, 2**21 - 1], [2**21 - 1, 7, 3]], np.int32)
     if axes == 1:
         position = np.array([3, 2**31 - 1], np.int32)
-    rows = identity_rows(
-        token_ids=np.array([2**31 - 1, 0]),
-        is_visual=np.zeros(2, np.bool_),
-        media=[],
-        order=order,
-        position=position,
-    )
+    rows = identity_rows(held=np.array([2**31 - 1, 0]), order=order, position=position)
     assert orders_of(rows).tolist() == order.tolist()
     assert positions_of(rows, axes).tolist() == position.tolist()

@@ -13,7 +13,7 @@ from transformers.models.llava_onevision.modeling_llava_onevision import image_s
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 
 from mmserve.errors import BadRequest, ConfigError, WireError
-from mmserve.models.layout import expand, expand_tokens, survivors
+from mmserve.models.layout import Walk, expand, positions
 from mmserve.models.layout.llava_onevision import DEFAULT_PINPOINTS, Geometry
 
 IMAGE, VIDEO = 90, 91
@@ -22,10 +22,8 @@ SMALL = Geometry(image_side=28, patch_side=4, pinpoints=((28, 56), (56, 28), (84
 
 
 def test_placeholders_expand_in_order() -> None:
-    layout = expand([1, VIDEO, 2, IMAGE, 3], [3, 2], (IMAGE, VIDEO))
-    assert layout.token_ids.tolist() == [1, VIDEO, VIDEO, VIDEO, 2, IMAGE, IMAGE, 3]
-    assert layout.spans == ((1, 3), (5, 2))
-    assert expand_tokens([1, VIDEO, 2], [2], (IMAGE, VIDEO)) == (1, VIDEO, VIDEO, 2)
+    ids = expand([1, VIDEO, 2, IMAGE, 3], [3, 2], (IMAGE, VIDEO))
+    assert ids.tolist() == [1, VIDEO, VIDEO, VIDEO, 2, IMAGE, IMAGE, 3]
 
 
 @pytest.mark.parametrize("counts", [[], [3, 3]])
@@ -34,21 +32,33 @@ def test_placeholders_must_equal_items(counts: list[int]) -> None:
         BadRequest, match=f"Expected {len(counts)} media placeholders in the prompt, but got 1"
     ):
         expand([1, VIDEO, 2], counts, (IMAGE, VIDEO))
+    with pytest.raises(BadRequest, match="media placeholders"):
+        Walk([1, VIDEO, 2], len(counts), (IMAGE, VIDEO))
 
 
-def test_survivors_keep_their_order_and_get_contiguous_positions() -> None:
-    layout = expand([1, VIDEO, 2, IMAGE, 3], [4, 2], (IMAGE, VIDEO))
-    rows = survivors(layout, [np.array([0, 3], np.int32), None])
-    assert rows.order.tolist() == [0, 1, 4, 5, 6, 7, 8]
-    assert rows.position.tolist() == list(range(7))
-    assert rows.is_visual.tolist() == [False, True, True, False, True, True, False]
-    assert rows.order.dtype == rows.position.dtype == np.int32
+def test_a_walk_numbers_the_uncompressed_prompt_part_by_part() -> None:
+    walk = Walk([1, VIDEO, 2, IMAGE, 3], 2, (IMAGE, VIDEO))
+    rows = [walk.text(), walk.part(3, np.array([0, 2], np.int32)), walk.part(1, np.array([0], np.int32))]
+    assert (walk.item, walk.length, walk.is_over) == (0, 5, False)
+    walk.leave_item()
+    rows += [walk.text(), walk.part(2, np.array([], np.int32))]
+    walk.leave_item()
+    rows.append(walk.text())
+    assert [row.order.tolist() for row in rows] == [[0], [1, 3], [4], [5], [], [8]]
+    assert [row.token_ids.tolist() for row in rows] == [[1], [VIDEO] * 2, [VIDEO], [2], [], [3]]
+    assert [row.is_visual for row in rows] == [False, True, True, False, True, False]
+    assert (walk.length, walk.is_over) == (9, True)
+
+
+def test_what_remains_gets_contiguous_positions() -> None:
+    assert positions(4, 3).tolist() == [4, 5, 6]
+    assert positions(4, 3).dtype == np.int32
 
 
 @pytest.mark.parametrize("kept", [[3, 0], [0, 0], [0, 4], [-1, 2]])
 def test_kept_tokens_that_cannot_be_are_refused(kept: list[int]) -> None:
     with pytest.raises(WireError, match="ascending kept tokens below 4"):
-        survivors(expand([VIDEO], [4], (VIDEO,)), [np.array(kept, np.int32)])
+        Walk([VIDEO], 1, (VIDEO,)).part(4, np.array(kept, np.int32))
 
 
 def peer(geometry: Geometry) -> SimpleNamespace:

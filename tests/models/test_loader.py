@@ -140,7 +140,8 @@ def test_weights_take_the_asked_type_and_need_no_gradient(folder: Path) -> None:
     assert {p.dtype for p in decoder.parameters()} == {torch.bfloat16}
     assert not any(p.requires_grad for p in decoder.parameters())
     assert load_checkpoint(folder).dtype == torch.float32
-    encoded = load_vision(checkpoint).video(torch.zeros(1, 3, 8, 8))
+    vision = load_vision(checkpoint)
+    encoded = vision.frames(vision.features(torch.zeros(1, 3, 8, 8)))
     assert encoded.embeddings.dtype == torch.bfloat16
     assert encoded.saliency.dtype == torch.float32
 

@@ -29,7 +29,7 @@ from mmserve.encoders.base import VisionEncoder
 from mmserve.kv.store import PageStore
 from mmserve.kv.table import PageTable
 from mmserve.models.decoder import TextDecoder
-from mmserve.models.layout import expand, survivors
+from mmserve.models.layout import expand
 from mmserve.models.layout.llava_onevision import Geometry
 from mmserve.models.loader import load_checkpoint, load_decoder, load_vision
 
@@ -153,10 +153,10 @@ def test_video_embeddings_equal_transformers(case: Case) -> None:
     vision = case.vision
     frames = pixels(11, 1)  # more than one batch of the encoder
     expected = case.peer.model.get_video_features(frames[None]).pooler_output[0]
-    found = vision.video(frames)
+    found = vision.frames(vision.features(frames))
     torch.testing.assert_close(found.embeddings.flatten(0, 1), expected[:-1], rtol=1e-4, atol=1e-5)
     assert torch.equal(vision.newline, expected[-1])
-    alone = vision.video(frames[3:4])
+    alone = vision.frames(vision.features(frames[3:4]))
     torch.testing.assert_close(alone.embeddings[0], found.embeddings[3], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(alone.saliency[0], found.saliency[3], rtol=1e-5, atol=1e-6)
 
@@ -168,7 +168,7 @@ def test_image_embeddings_equal_transformers(case: Case, size: tuple[int, int]) 
     expected = case.peer.model.get_image_features(
         crops[None], torch.tensor([size]), vision_aspect_ratio="anyres_max_2"
     ).pooler_output[0]
-    found = vision.image(crops, size)
+    found = vision.pack(vision.features(crops), size)
     assert len(found.embeddings) == geometry.image_tokens(*size)
     torch.testing.assert_close(found.embeddings, expected, rtol=1e-4, atol=1e-5)
     is_newline = (found.embeddings == vision.newline).all(-1)
@@ -184,7 +184,7 @@ def test_one_of_several_images_equals_transformers(case: Case) -> None:
         crops[:, None], torch.tensor([[20, 40], [50, 50]]), batch_num_images=torch.tensor([2])
     ).pooler_output
     for crop, one in zip(crops, expected, strict=True):
-        found = vision.image(crop[None], (20, 40))
+        found = vision.pack(vision.features(crop[None]), (20, 40))
         torch.testing.assert_close(found.embeddings, one, rtol=1e-4, atol=1e-5)
         assert found.is_newline.tolist() == [False] * 49 + [True]
 
@@ -197,25 +197,26 @@ def test_saliency_is_the_attention_received_in_the_last_used_layer(case: Case) -
     last = maps[-2] if case.config.vision_feature_layer == -2 else maps[-1]
     received = last.mean((1, 2))
     expected = case.peer.model.apply_pooling(received[..., None])[..., 0]
-    torch.testing.assert_close(case.vision.video(frames).saliency, expected, rtol=1e-4, atol=1e-6)
+    found = case.vision.frames(case.vision.features(frames)).saliency
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 def test_logits_and_greedy_tokens_equal_transformers(case: Case, chunk: int) -> None:
     decoder, vision = case.decoder, case.vision
     frames = pixels(2, 5)
-    encoded = vision.video(frames)
+    encoded = vision.frames(vision.features(frames))
     visual = torch.cat([encoded.embeddings.flatten(0, 1), vision.newline[None]])
 
-    layout = expand([7, 8, VIDEO, 9, 10, 11], [len(visual)], (IMAGE, VIDEO))
-    rows = survivors(layout, [None])
-    x = decoder.embed(torch.from_numpy(layout.token_ids)).clone()
-    x[torch.from_numpy(rows.is_visual)] = visual
-    logits, tokens = generated(decoder, x, rows.position, rows.order, chunk, 16)
+    token_ids = torch.from_numpy(expand([7, 8, VIDEO, 9, 10, 11], [len(visual)], (IMAGE, VIDEO)))
+    x = decoder.embed(token_ids).clone()
+    x[token_ids == VIDEO] = visual
+    order = np.arange(len(x), dtype=np.int32)
+    logits, tokens = generated(decoder, x, order, order, chunk, 16)
 
-    inputs = {"input_ids": torch.from_numpy(layout.token_ids)[None], "pixel_values_videos": frames[None]}
+    inputs = {"input_ids": token_ids[None], "pixel_values_videos": frames[None]}
     expected = case.peer(**inputs).logits[0]
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     peer = case.peer.generate(**inputs, max_new_tokens=16, min_new_tokens=16, do_sample=False)
-    assert tokens == peer[0, len(layout.token_ids) :].tolist()
+    assert tokens == peer[0, len(token_ids) :].tolist()
     assert len(set(tokens)) > 2, "a constant answer would prove little"

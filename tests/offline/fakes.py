@@ -107,12 +107,19 @@ class FakeWorker:
             request_id=command.request_id,
             attempt=command.attempt,
             item=command.item,
-            encoded=m.EncodedItem(lease=lease, tokens=ITEM_TOKENS, kept=ITEM_TOKENS),
-            cached_tokens=0,
-            report=MediaReport(
-                source=command.media.source, frames=1, timestamps_s=(0.0,), lost_frames=0, width=4, height=4
+            part=m.EncodedPart(lease=lease, tokens=ITEM_TOKENS, kept=ITEM_TOKENS),
+            whole=m.EncodedMedia(
+                cached_tokens=0,
+                report=MediaReport(
+                    source=command.media.source,
+                    frames=1,
+                    timestamps_s=(0.0,),
+                    lost_frames=0,
+                    width=4,
+                    height=4,
+                ),
+                times=m.EncodeTimes(queue=0, decode=0, preprocess=0, encode=0, prune=0, publish=0),
             ),
-            times=m.EncodeTimes(queue=0, decode=0, preprocess=0, encode=0, prune=0, publish=0),
         )
 
     def _prefilled(self, command: m.PrefillPrompt, finish: FinishReason | None) -> m.PromptPrefilled:

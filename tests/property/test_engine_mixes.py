@@ -15,7 +15,7 @@ import pytest
 from mmserve import messages as m
 from mmserve.request import Methods
 from mmserve.sampling import Logprob, SamplingParams
-from tests.workers.fakes import IMAGE, VIDEO, Engine
+from tests.workers.fakes import IMAGE, VIDEO, Engine, whole
 
 TIE = 1e-3  # two logits closer than this may change places
 
@@ -29,10 +29,20 @@ class Job:
     is_over: bool = False
 
 
+def video(rng: random.Random, engine: Engine, seed: int) -> m.PromptItem:
+    """An item of up to three parts."""
+    parts, first = [], 0
+    for _ in range(rng.randint(1, 3)):
+        tokens = rng.randint(2, 14)
+        parts.append(engine.part(tokens, seed=seed, first=first))
+        first += tokens
+    return whole(*parts)
+
+
 def make_jobs(rng: random.Random, engine: Engine) -> list[Job]:
-    media = [(VIDEO, engine.item(rng.randint(3, 24), seed=i, key=f"{i:032x}")) for i in (1, 2)]
-    media.append((IMAGE, engine.item(9, [0, 1, 4, 7], seed=3, key=f"{3:032x}")))
-    beginnings: list[tuple[tuple[int, ...], tuple[m.EncodedItem, ...]]] = [((), ())]
+    media = [(VIDEO, video(rng, engine, seed)) for seed in (1, 2)]
+    media.append((IMAGE, engine.item(9, [0, 1, 4, 7], seed=3)))
+    beginnings: list[tuple[tuple[int, ...], tuple[m.PromptItem, ...]]] = [((), ())]
     for token, item in media:
         text, items = rng.choice(beginnings)
         words = tuple(rng.randint(1, 45) for _ in range(rng.randint(0, 12)))
@@ -60,11 +70,20 @@ def make_jobs(rng: random.Random, engine: Engine) -> list[Job]:
     return jobs
 
 
+class Together(random.Random):
+    """Everything is sent at once and complete."""
+
+    def random(self) -> float:
+        return 0.0
+
+
 class Deployment:
     """One or two workers, and the dispatcher's part as a loop."""
 
-    def __init__(self, prefill: Engine, decode: Engine) -> None:
+    def __init__(self, prefill: Engine, decode: Engine, rng: random.Random) -> None:
         self.prefill, self.decode = prefill, decode
+        self.rng = rng
+        self.later: list[m.ExtendPrompt] = []
         self.jobs: dict[str, Job] = {}
         self.seen = {id(engine): 0 for engine in self.engines}
         self.preemptions = 0
@@ -76,12 +95,14 @@ class Deployment:
     def send(self, job: Job) -> None:
         command = job.command
         self.jobs[command.request_id] = job
+        # parts that were not encoded yet come in any later step
+        there = tuple(self.withhold(job, index, item) for index, item in enumerate(command.items))
         self.prefill.handler.handle(
             m.PrefillPrompt(
                 request_id=command.request_id,
                 attempt=job.attempt,
                 token_ids=command.token_ids,
-                items=command.items,
+                items=there,
                 sampling=command.sampling,
                 methods=command.methods,
                 priority=command.priority,
@@ -90,16 +111,36 @@ class Deployment:
             )
         )
 
+    def withhold(self, job: Job, index: int, item: m.PromptItem) -> m.PromptItem:
+        """What is there of an item when its prompt is sent."""
+        if self.rng.random() < 0.5:
+            return item
+        count = self.rng.randint(0, len(item.parts) - 1)
+        self.later += [
+            m.ExtendPrompt(
+                request_id=job.command.request_id,
+                attempt=job.attempt,
+                item=index,
+                part=part,
+                is_last=number == len(item.parts) - 1,
+            )
+            for number, part in enumerate(item.parts)
+            if number >= count
+        ]
+        return m.PromptItem(parts=item.parts[:count], is_whole=False, keep_bound=item.keep_bound + 3)
+
     def cancel(self, job: Job) -> None:
         job.is_over = True
         for engine in self.engines:
             engine.handler.handle(m.CancelRequest(request_id=job.command.request_id))
 
-    def run(self, rng: random.Random, jobs: list[Job]) -> None:
+    def run(self, jobs: list[Job]) -> None:
         unsent = list(jobs)
         for step in range(5000):
-            while unsent and rng.random() < 0.5:
+            while unsent and self.rng.random() < 0.5:
                 self.send(unsent.pop(0))
+            while self.later and self.rng.random() < 0.5:
+                self.prefill.handler.handle(self.later.pop(0))
             for job in self.jobs.values():
                 if job.cancel_at == step and not job.is_over:
                     self.cancel(job)
@@ -109,7 +150,7 @@ class Deployment:
                     event = engine.reporter.events[self.seen[id(engine)]]
                     self.seen[id(engine)] += 1
                     busy.append(self.on_event(event))
-            if not unsent and not any(busy):
+            if not unsent and not self.later and not any(busy):
                 return
         raise AssertionError("the mix never ends")
 
@@ -164,7 +205,7 @@ class Deployment:
 def alone(job: Job, directory: Path) -> tuple[list[int], list[float]]:
     """The one-request oracle: tokens, and how far the second-best score was behind each."""
     engine = Engine(directory)
-    deployment = Deployment(engine, engine)
+    deployment = Deployment(engine, engine, Together())
     command = job.command
     with_gaps = m.PrefillPrompt(
         request_id=command.request_id,
@@ -175,7 +216,7 @@ def alone(job: Job, directory: Path) -> tuple[list[int], list[float]]:
         methods=command.methods,
     )
     single = Job(with_gaps, None)
-    deployment.run(random.Random(0), [single])
+    deployment.run([single])
     firsts = [event.first for event in engine.reporter.of(m.PromptPrefilled) if event.first]
     later = [token for event in engine.reporter.of(m.TokensDecoded) for token in event.tokens]
     return single.tokens, [_gap(token.logprobs or {}) for token in (*firsts, *later)]
@@ -202,15 +243,16 @@ def run_mix(seed: int, directory: Path) -> int:
     prefill = Engine(directory, pages=pages, token_budget=budget)
     decode = prefill if rng.random() < 0.6 else Engine(directory, pages=pages, token_budget=budget)
     jobs = make_jobs(rng, prefill)
-    deployment = Deployment(prefill, decode)
+    deployment = Deployment(prefill, decode, rng)
     # what cannot fit in an empty worker, the dispatcher refuses
     table = prefill.table
     fitting = []
     for job in jobs:
-        rows = len(job.command.token_ids) - len(job.command.items) + sum(i.kept for i in job.command.items)
+        text = len(job.command.token_ids) - len(job.command.items)
+        rows = text + sum(item.keep_bound + 3 for item in job.command.items)
         if table.pages_for(rows + job.command.sampling.max_tokens) <= table.num_pages:
             fitting.append(job)
-    deployment.run(rng, fitting)
+    deployment.run(fitting)
     for job in fitting:
         expected, gaps = alone(job, directory)
         assert job.is_over
@@ -237,7 +279,7 @@ def test_a_mix_gives_every_request_what_it_gets_alone(tmp_path: Path) -> None:
 def test_long_answers_about_one_prompt_when_pages_are_short(tmp_path: Path) -> None:
     """To preempt one frees only what the others do not share with it."""
     engine = Engine(tmp_path, pages=300)
-    item = engine.item(12, seed=1, key=f"{1:032x}")
+    item = engine.item(12, seed=1)
     jobs = [
         Job(
             m.PrefillPrompt(
@@ -252,8 +294,8 @@ def test_long_answers_about_one_prompt_when_pages_are_short(tmp_path: Path) -> N
         )
         for index in range(4)
     ]
-    deployment = Deployment(engine, engine)
-    deployment.run(random.Random(0), jobs)
+    deployment = Deployment(engine, engine, Together())
+    deployment.run(jobs)
     assert deployment.preemptions > 0
     for job in jobs:
         assert job.tokens == alone(job, tmp_path)[0]

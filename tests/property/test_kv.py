@@ -45,9 +45,7 @@ def keys(held: NDArray[np.int64], position: IntArray) -> torch.Tensor:
 
 def prompt(salt: int, tokens: list[int]) -> Identity:
     order = span(0, len(tokens))
-    text = np.zeros(len(tokens), np.bool_)
-    ids = np.array(tokens, np.int64)
-    rows = identity_rows(token_ids=ids, is_visual=text, media=[], order=order, position=order)
+    rows = identity_rows(held=np.array(tokens, np.int64), order=order, position=order)
     return Identity(bytes([salt]), b"", rows)
 
 

@@ -29,7 +29,8 @@ def states(draw: st.DrawFn) -> EngineState:
         prefilling.append(Prefilling(*who("p", number), done, total, draw(SMALL)))
     return EngineState(
         waiting=tuple(
-            Waiting(*who("w", n), draw(SMALL), draw(st.integers(1, 20)), draw(SMALL)) for n in several(5)
+            Waiting(*who("w", n), (done := draw(SMALL)), done + draw(st.integers(0, 20)), draw(SMALL))
+            for n in several(5)
         ),
         prefilling=tuple(prefilling),
         decoding=tuple(Decoding(*who("d", n), draw(st.integers(0, 2)), draw(SMALL)) for n in several(5)),
@@ -72,8 +73,8 @@ def check_pages_and_places(state: EngineState, plan: Plan) -> None:
 def check_rows(state: EngineState, plan: Plan) -> None:
     left = max(state.token_budget - len(plan.decodes), 1)
     assert sum(chunk.stop - chunk.start for chunk in plan.chunks) <= left
-    spans = {p.sequence: (p.done, p.total) for p in state.prefilling}
-    spans |= {w.sequence: (w.done, w.done + w.rows) for w in state.waiting if w.sequence in plan.admit}
+    spans = {p.sequence: (p.done, p.ready) for p in state.prefilling}
+    spans |= {w.sequence: (w.done, w.ready) for w in state.waiting if w.sequence in plan.admit}
     assert len({chunk.sequence for chunk in plan.chunks}) == len(plan.chunks)
     for chunk in plan.chunks:
         start, stop = spans[chunk.sequence]
@@ -81,7 +82,8 @@ def check_rows(state: EngineState, plan: Plan) -> None:
         assert chunk.sequence not in plan.preempt
     # only the last one may stop short of its prompt's end, and only because the budget ends
     assert all(chunk.stop == spans[chunk.sequence][1] for chunk in plan.chunks[:-1])
-    assert {chunk.sequence for chunk in plan.chunks} >= set(plan.admit)
+    with_rows = {w.sequence for w in state.waiting if w.ready > w.done}
+    assert {chunk.sequence for chunk in plan.chunks} >= with_rows.intersection(plan.admit)
 
 
 def check_decodes(state: EngineState, plan: Plan) -> None:
@@ -124,7 +126,7 @@ def check_admission(state: EngineState, plan: Plan) -> None:
     if len(plan.admit) == len(queue) or rows >= max(state.token_budget - len(state.decoding), 1):
         return
     assert all(
-        p.done == p.total or any(c.sequence == p.sequence and c.stop == p.total for c in plan.chunks)
+        p.done == p.ready or any(c.sequence == p.sequence and c.stop == p.ready for c in plan.chunks)
         for p in state.prefilling
         if p.sequence not in plan.preempt
     )
@@ -216,7 +218,7 @@ class Engine:
         answers = [r for r in self.running.values() if r.done == r.rows]
         return EngineState(
             waiting=tuple(
-                Waiting(r.name, r.priority, r.arrived, r.cached, r.rows - r.cached, self.needed(r, r.rows))
+                Waiting(r.name, r.priority, r.arrived, r.cached, r.rows, self.needed(r, r.rows))
                 for r in self.waiting
             ),
             prefilling=tuple(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -11,12 +12,14 @@ import torch
 
 from mmserve import messages as m
 from mmserve.engine.runner import Runner
+from mmserve.kv.identity import KEY_BYTES
 from mmserve.kv.store import PageStore
 from mmserve.kv.table import PageTable
 from mmserve.models.decoder import DecoderConfig, TextDecoder
 from mmserve.request import Methods
 from mmserve.sampling import SamplingParams
 from mmserve.transfer import LeaseStore
+from mmserve.wire import Array, TypedArray
 from mmserve.workers.language import LanguageHandler
 from mmserve.workers.loop import Handler
 
@@ -70,6 +73,10 @@ class FakeReporter:
 
     def of(self, kind: type[E]) -> list[E]:
         return [event for event in self.events if isinstance(event, kind)]
+
+
+def whole(*parts: m.EncodedPart) -> m.PromptItem:
+    return m.PromptItem(parts=parts, is_whole=True, keep_bound=sum(part.kept for part in parts))
 
 
 class Engine:
@@ -149,7 +156,7 @@ class Engine:
         self,
         name: str,
         token_ids: tuple[int, ...],
-        items: tuple[m.EncodedItem, ...] = (),
+        items: tuple[m.PromptItem, ...] = (),
         *,
         sampling: SamplingParams | None = None,
         methods: Methods | None = None,
@@ -171,16 +178,24 @@ class Engine:
         self.handler.handle(command)
         return command
 
-    def item(self, tokens: int, kept: list[int] | None = None, seed: int = 0, key: str = "") -> m.EncodedItem:
-        """A published media item of so many tokens."""
-        rows = list(range(tokens)) if kept is None else kept
-        generator = np.random.default_rng(seed)
-        arrays = {
-            "embeddings": generator.standard_normal((len(rows), WIDTH)).astype(np.float32),
-            "source": np.array(rows, np.int32),
+    def part(
+        self, tokens: int, kept: Sequence[int] | None = None, *, seed: int = 0, first: int = 0
+    ) -> m.EncodedPart:
+        """So many published tokens of the item `seed`, from its token `first` on."""
+        rows = np.array(range(tokens) if kept is None else kept, np.int32)
+        every = np.random.default_rng(seed).standard_normal((first + tokens, WIDTH)).astype(np.float32)
+        arrays: dict[str, Array | TypedArray] = {
+            "embeddings": every[first + np.clip(rows, 0, tokens - 1)],
+            "source": rows,
+            "index": first + rows,
+            "key": np.tile(np.frombuffer(seed.to_bytes(KEY_BYTES, "little"), np.uint8), (len(rows), 1)),
         }
         lease = self.leases.publish(arrays, ttl_s=60)
-        return m.EncodedItem(lease=lease, tokens=tokens, kept=len(rows), key=key)
+        return m.EncodedPart(lease=lease, tokens=tokens, kept=len(rows))
+
+    def item(self, tokens: int, kept: list[int] | None = None, seed: int = 0) -> m.PromptItem:
+        """A published media item of so many tokens, equal to every other of this seed."""
+        return whole(self.part(tokens, kept, seed=seed))
 
     def answer(self, name: str) -> list[int]:
         """Generated tokens of a request in order, each once."""

@@ -23,8 +23,7 @@ def record(modalities: tuple[Modality, ...] = (), repetition_penalty: float = 1.
         salt="tenant",
         priority=-2,
     )
-    encoded = m.EncodedItem(lease=LEASE, tokens=9, kept=4, key="ab")
-    made.items = [Item(encoded=encoded) for _ in refs]
+    made.items = [Item(parts=[m.EncodedPart(lease=LEASE, tokens=9, kept=4)], keep_bound=6) for _ in refs]
     made.tokens = [m.Sampled(request_id="r", attempt=0, seq=i, token_id=40 + i) for i in range(2)]
     return made
 
@@ -48,7 +47,7 @@ def test_a_prompt_travels_with_everything_that_its_kv_depends_on(hand_off: bool)
     assert (command.request_id, command.attempt, command.hand_off) == ("r", 3, hand_off)
     assert (command.token_ids, command.forced) == ((5, 6, 7), (40, 41))
     assert (command.salt, command.priority) == ("tenant", -2)
-    assert [item.key for item in command.items] == ["ab"]
+    assert [(len(item.parts), item.is_whole, item.keep_bound) for item in command.items] == [(1, False, 6)]
 
 
 @pytest.mark.parametrize(("penalty", "prompt_ids"), [(1.0, ()), (1.2, (5, 6, 7))])

@@ -10,7 +10,7 @@ from mmserve import messages as m
 from mmserve.errors import Overloaded
 from mmserve.messages import Role
 from mmserve.workers.records import State
-from tests.workers.world import EPD, TOGETHER, WHOLE, World
+from tests.workers.world import EEPD, EPD, KEPT, TOGETHER, WHOLE, FakeWorker, World
 
 
 @pytest.mark.parametrize("roles", [EPD, TOGETHER], ids=["epd", "colocated"])
@@ -43,6 +43,111 @@ def test_a_killed_worker_loses_nothing_whenever_it_dies(victim: int, seed: int) 
     assert {world.finals()[name].record.state for name in names} == {State.FINISHED}
     assert all(world.tokens(name) == WHOLE for name in names)
     assert not world.dispatcher.waiting
+
+
+def test_prefill_begins_with_the_first_part_and_is_sent_the_others() -> None:
+    world = World(*EPD)
+    encode, prefill = world.role(Role.ENCODE), world.role(Role.PREFILL)
+    name = world.submit(2)
+    while not prefill.inbox:
+        world.step(encode)
+    world.step(prefill)
+    (command,) = [c for c in prefill.done if isinstance(c, m.PrefillPrompt)]
+    assert [len(item.parts) for item in command.items] == [1, 0], "every item is planned, the first begun"
+    assert [item.keep_bound for item in command.items] == [KEPT, KEPT]
+    world.run()
+    sent = [(c.item, c.is_last) for c in prefill.done if isinstance(c, m.ExtendPrompt)]
+    assert sent == [(0, False), (0, True), (1, False), (1, False), (1, True)]
+    assert world.tokens(name) == WHOLE
+    assert world.dispatcher.counts.get("retries", 0) == 0
+
+
+@pytest.mark.parametrize("victim", [Role.ENCODE, Role.PREFILL])
+def test_a_death_while_a_prompt_grows_begins_it_anew(victim: Role) -> None:
+    world = World(*EPD)
+    encode, prefill = world.role(Role.ENCODE), world.role(Role.PREFILL)
+    name = world.submit(1)
+    while name not in prefill.prompts:
+        world.step(world.rng.choice([encode, prefill]))
+    world.kill(world.role(victim))
+    survivor = prefill if victim is Role.ENCODE else encode
+    assert any(isinstance(c, m.CancelRequest) for _, c in survivor.inbox)
+    world.run()
+    assert world.tokens(name) == WHOLE
+    assert world.finals()[name].record.attempt == 1
+    world.settle()
+    assert not world.dispatcher.lease_owner
+
+
+def encoders(world: World) -> tuple[FakeWorker, FakeWorker]:
+    """The owner of what was submitted, and the other one."""
+    one, two = (worker for worker in world.workers.values() if Role.ENCODE in worker.roles)
+    return (one, two) if one.inbox else (two, one)
+
+
+def test_an_idle_encode_worker_takes_half_of_a_long_video() -> None:
+    world = World(*EEPD)
+    name = world.submit(1)
+    owner, helper = encoders(world)
+    world.step(owner)
+    world.step(helper)
+    (help_wanted,) = [c for c in helper.done if isinstance(c, m.EncodeFrames)]
+    assert help_wanted.positions == tuple(range(24, 40))
+    world.run()
+    (left,) = [c for c in owner.done if isinstance(c, m.AwaitFrames)]
+    assert left.positions == help_wanted.positions
+    taken = [p for c in owner.done if isinstance(c, m.TakeFrames) for p in c.frames.positions]
+    assert taken == list(help_wanted.positions)
+    assert world.tokens(name) == WHOLE
+    world.settle()
+    assert not world.dispatcher.lease_owner
+
+
+def test_a_busy_encode_worker_is_not_asked_for_help() -> None:
+    world = World(*EEPD)
+    names = [world.submit(1) for _ in range(4)]
+    owner, helper = encoders(world)
+    world.dispatcher.workers[helper.name].holds.add(names[0])
+    world.step(owner)
+    assert not helper.inbox
+
+
+def test_what_a_dead_helper_had_is_its_owners_again() -> None:
+    world = World(*EEPD)
+    name = world.submit(1)
+    owner, helper = encoders(world)
+    world.step(owner)
+    for _ in range(2):
+        world.step(helper)
+    world.kill(helper)
+    world.settle()
+    last = [c for c in owner.done if isinstance(c, m.AwaitFrames)][-1]
+    assert last.positions == ()
+    world.run()
+    assert world.finals()[name].record.attempt == 0
+    assert world.tokens(name) == WHOLE
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_deaths_and_cancels_among_helping_workers_lose_nothing(seed: int) -> None:
+    world = World(*EEPD, seed=seed)
+    names = [world.submit(1 + number % 2) for number in range(6)]
+    for step in range(300):
+        world.step(world.rng.choice(list(world.workers.values())))
+        if step % 23 == seed % 23:
+            world.kill(world.rng.choice([w for w in world.workers.values() if Role.ENCODE in w.roles]))
+        if step == 5 * seed:
+            world.dispatcher.cancel(names[0])
+            world.deliver()
+    world.run()
+    ends = [world.finals()[name].record.state for name in names]
+    assert ends[0] in (State.FINISHED, State.CANCELLED)
+    assert set(ends[1:]) == {State.FINISHED}
+    assert all(world.tokens(name) == WHOLE for name in names[1:])
+    for _ in range(200):
+        world.step(world.rng.choice(list(world.workers.values())))
+    assert not world.dispatcher.lease_owner
+    assert all(not worker.holds for worker in world.dispatcher.workers.values())
 
 
 def test_a_suspect_runs_alone_and_is_poison_when_it_dies_again() -> None:

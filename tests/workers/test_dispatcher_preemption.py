@@ -7,7 +7,7 @@ import pytest
 from mmserve import messages as m
 from mmserve.messages import Role
 from mmserve.workers.records import State
-from tests.workers.world import EPD, TOGETHER, WHOLE, FakeWorker, World
+from tests.workers.world import EPD, PARTS, TOGETHER, WHOLE, FakeWorker, World
 
 LAYOUTS = pytest.mark.parametrize("roles", [EPD, TOGETHER], ids=["epd", "colocated"])
 
@@ -166,6 +166,21 @@ def test_a_preempted_request_goes_before_all_that_wait(roles: tuple[tuple[Role, 
     assert all(world.tokens(name) == WHOLE for name in (first, urgent, *later))
 
 
+def test_a_prompt_preempted_before_it_is_whole_begins_anew() -> None:
+    world = World(*EPD)
+    encode, prefill = world.role(Role.ENCODE), world.role(Role.PREFILL)
+    name = world.submit(2)
+    while name not in prefill.prompts:
+        world.step(world.rng.choice([encode, prefill]))
+    world.preempt(prefill, name)
+    world.run()
+    assert world.tokens(name) == WHOLE
+    assert encodings(world) == 4
+    assert not any(command.attempt for command, _ in encode.encodes)
+    world.settle()
+    assert not world.dispatcher.lease_owner
+
+
 def test_what_is_reported_is_the_first_prefill() -> None:
     """The second one finds embeddings and KV that the first one left in the caches."""
     world = World(*TOGETHER)
@@ -183,6 +198,6 @@ def test_what_is_reported_is_the_first_prefill() -> None:
     assert final.prefilled is first
     assert final.items is items
     assert final.waited_ms == waited
-    assert final.usage().visual_tokens == 37
+    assert final.usage().visual_tokens == 12 * len(PARTS)
     assert not world.dispatcher.waiting
     assert not world.dispatcher.lease_owner

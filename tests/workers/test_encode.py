@@ -13,17 +13,19 @@ import torch
 from torch import Tensor
 
 from mmserve import messages as m
-from mmserve.encoders.base import Encoded, EncodedImage
+from mmserve.encoders.base import Encoded, EncodedImage, Features
 from mmserve.encoders.cache import EmbeddingCache
 from mmserve.errors import MediaError
 from mmserve.media.plan import MediaPlan
+from mmserve.media.pool import SandboxPool
 from mmserve.media.preprocess import PixelFormat, Preprocessing
-from mmserve.media.sandbox import Decoded, Sandbox
+from mmserve.media.sandbox import Decoded
 from mmserve.models.layout.llava_onevision import Geometry
 from mmserve.request import MediaOptions, MediaRef, Methods, Modality
 from mmserve.tensors import tensors_of
 from mmserve.transfer import LeaseStore, open_lease
-from mmserve.workers.encode import MAX_QUEUED, EncodeHandler
+from mmserve.workers.encode import CROPS_PER_BATCH, MAX_QUEUED, EncodeHandler
+from mmserve.workers.items import Tools
 from tests.workers.fakes import FakeReporter
 
 SIDE, WIDTH = 8, 4
@@ -40,6 +42,8 @@ class FakeSandbox:
     broken: set[int] = field(default_factory=set)
     plans: list[MediaRef] = field(default_factory=list)
     decoded: list[tuple[int, ...]] = field(default_factory=list)
+    slow: set[str] = field(default_factory=set)  # digests of files that are never ready
+    closed: int = 0
     error: Exception | None = None
 
     def plan(self, ref: MediaRef) -> MediaPlan:
@@ -59,6 +63,9 @@ class FakeSandbox:
             decoder="fake",
         )
 
+    def segments(self, ref: MediaRef, plan: MediaPlan, positions: Sequence[int]) -> FakeSegments:
+        return FakeSegments(self, ref, plan, [positions[i : i + 8] for i in range(0, len(positions), 8)])
+
     def decode(self, ref: MediaRef, plan: MediaPlan, positions: Sequence[int]) -> Decoded:
         self.decoded.append(tuple(positions))
         good = tuple(i for i in positions if i not in self.broken)
@@ -69,29 +76,68 @@ class FakeSandbox:
         return Decoded(frames, good, lost, 1.0)
 
 
+@dataclass
+class FakeSegments:
+    sandbox: FakeSandbox
+    ref: MediaRef
+    plan: MediaPlan
+    left: list[Sequence[int]]
+
+    def __next__(self) -> Decoded:
+        return self.sandbox.decode(self.ref, self.plan, self.left.pop(0))
+
+    def is_ready(self) -> bool:
+        return self.ref.digest not in self.sandbox.slow
+
+    def close(self) -> None:
+        self.sandbox.closed += 1
+
+
 class FakeVision:
     """The embedding of a frame is its colour."""
 
     newline = torch.full((WIDTH,), -1.0)
 
     def __init__(self) -> None:
-        self.encoded: list[int] = []  # frames of every call
+        self.encoded: list[int] = []  # crops of every call
+        self.error: Exception | None = None
 
-    def video(self, pixels: Tensor) -> Encoded:
+    def features(self, pixels: Tensor) -> Features:
         self.encoded.append(len(pixels))
+        if self.error is not None:
+            raise self.error
         colour = (pixels[:, 0, 0, 0] * 255).round()
-        rows = colour[:, None, None].expand(-1, FRAME_TOKENS, WIDTH)
-        return Encoded(rows, torch.ones(len(pixels), FRAME_TOKENS))
+        return Features(colour[:, None, None].expand(-1, 1, WIDTH), torch.ones(len(pixels), 1))
+
+    def frames(self, features: Features) -> Encoded:
+        rows = features.rows.expand(-1, FRAME_TOKENS, -1)
+        return Encoded(rows, torch.ones(len(rows), FRAME_TOKENS))
 
     def newline_rows(self, original_size: tuple[int, int], crops: int) -> Tensor:
         rows = torch.zeros(GEOMETRY.image_tokens(*original_size, 1 if crops > 1 else 2), dtype=torch.bool)
         rows[-1] = True
         return rows
 
-    def image(self, pixels: Tensor, original_size: tuple[int, int]) -> EncodedImage:
-        self.encoded.append(len(pixels))
-        newline = self.newline_rows(original_size, len(pixels))
+    def pack(self, features: Features, original_size: tuple[int, int]) -> EncodedImage:
+        newline = self.newline_rows(original_size, len(features.rows))
         return EncodedImage(torch.ones(len(newline), WIDTH), torch.ones(len(newline)), newline)
+
+
+@dataclass
+class Published:
+    """An item that was published whole."""
+
+    request_id: str
+    parts: list[m.EncodedPart]
+    whole: m.EncodedMedia
+
+    @property
+    def tokens(self) -> int:
+        return sum(part.tokens for part in self.parts)
+
+    @property
+    def kept(self) -> int:
+        return sum(part.kept for part in self.parts)
 
 
 class Encoder:
@@ -101,16 +147,17 @@ class Encoder:
         self.vision = FakeVision()
         self.reporter = FakeReporter()
         self.leases = LeaseStore([directory])
-        self.handler = EncodeHandler(
+        tools = Tools(
             vision=self.vision,
             geometry=GEOMETRY,
             preprocessing=Preprocessing(image=PIXELS, video=PIXELS, pinpoints=GEOMETRY.pinpoints),
             weights_revision="w",
-            sandbox=cast("Sandbox", self.sandbox),
+            sandbox=cast("SandboxPool", self.sandbox),
             cache=EmbeddingCache(cache_bytes),
             leases=self.leases,
             reporter=self.reporter,
         )
+        self.handler = EncodeHandler(tools, [directory])
         self.reporter.handler = self.handler
 
     def ask(
@@ -144,15 +191,28 @@ class Encoder:
             )
         )
 
-    def run(self) -> list[m.MediaEncoded]:
+    def run(self) -> list[Published]:
+        """Do everything; the items that were finished, in that order."""
         before = len(self.reporter.events)
         while self.handler.step():
             pass
-        return [event for event in self.reporter.events[before:] if isinstance(event, m.MediaEncoded)]
+        parts: dict[str, list[m.EncodedPart]] = {}
+        done = []
+        for event in self.reporter.events[before:]:
+            if isinstance(event, m.MediaEncoded):
+                parts.setdefault(event.request_id, []).append(event.part)
+                if event.whole is not None:
+                    done.append(Published(event.request_id, parts[event.request_id], event.whole))
+        return done
 
-    def arrays(self, event: m.MediaEncoded) -> dict[str, Tensor]:
-        lease = event.encoded.lease
-        return tensors_of(lease, open_lease(lease, [self.directory]))
+    def arrays(self, item: Published) -> dict[str, Tensor]:
+        """The item's arrays, as if it were published in one part."""
+        parts = [tensors_of(part.lease, open_lease(part.lease, [self.directory])) for part in item.parts]
+        first = 0
+        for part, arrays in zip(item.parts, parts, strict=True):
+            arrays["source"] = arrays["source"] + first
+            first += part.tokens
+        return {name: torch.cat([arrays[name] for arrays in parts]) for name in parts[0]}
 
 
 def test_a_video_is_decoded_in_segments_and_published_in_order(tmp_path: Path) -> None:
@@ -160,18 +220,18 @@ def test_a_video_is_decoded_in_segments_and_published_in_order(tmp_path: Path) -
     encoder.ask()
     (event,) = encoder.run()
     assert encoder.sandbox.decoded == [tuple(range(8)), tuple(range(8, 16)), tuple(range(16, 20))]
+    assert [part.tokens for part in event.parts] == [8 * FRAME_TOKENS, 8 * FRAME_TOKENS, 4 * FRAME_TOKENS + 1]
     arrays = encoder.arrays(event)
     tokens = 20 * FRAME_TOKENS + 1
-    assert (event.encoded.tokens, event.encoded.kept, event.cached_tokens) == (tokens, tokens, 0)
+    assert (event.tokens, event.kept, event.whole.cached_tokens) == (tokens, tokens, 0)
     assert arrays["source"].tolist() == list(range(tokens))
     colours = [i for i in range(20) for _ in range(FRAME_TOKENS)]
     assert arrays["embeddings"][:-1, 0].tolist() == colours
     assert arrays["embeddings"][-1].tolist() == [-1.0] * WIDTH
-    assert event.report.timestamps_s == tuple(i / 2 for i in range(20))
+    assert event.whole.report.timestamps_s == tuple(i / 2 for i in range(20))
     planned = encoder.reporter.of(m.MediaPlanned)[0]
     assert encoder.reporter.events[0] is planned, "the plan comes first"
-    assert (planned.attempt, planned.tokens) == (3, tokens)
-    assert planned.keep_bound >= event.encoded.kept
+    assert (planned.attempt, planned.keep_bound) == (3, tokens)
 
 
 def test_a_second_request_for_the_same_frames_decodes_and_encodes_nothing(tmp_path: Path) -> None:
@@ -181,11 +241,11 @@ def test_a_second_request_for_the_same_frames_decodes_and_encodes_nothing(tmp_pa
     first, second = encoder.run()
     assert len(encoder.sandbox.plans) == 1
     assert sum(encoder.vision.encoded) == 20, "identical items in flight are encoded once"
-    assert second.cached_tokens == 20 * FRAME_TOKENS
-    assert second.times.encode == second.times.preprocess == 0.0
-    assert second.encoded.kept < first.encoded.kept
-    assert len(encoder.arrays(second)["source"]) == second.encoded.kept
-    assert encoder.reporter.of(m.MediaPlanned)[1].keep_bound >= second.encoded.kept
+    assert second.whole.cached_tokens == 20 * FRAME_TOKENS
+    assert second.whole.times.encode == second.whole.times.preprocess == 0.0
+    assert second.kept < first.kept
+    assert len(encoder.arrays(second)["source"]) == second.kept
+    assert encoder.reporter.of(m.MediaPlanned)[1].keep_bound >= second.kept
 
 
 def test_overlapping_samplings_share_their_frames(tmp_path: Path) -> None:
@@ -194,7 +254,7 @@ def test_overlapping_samplings_share_their_frames(tmp_path: Path) -> None:
     encoder.ask("b", frames=10)
     _, second = encoder.run()
     assert encoder.sandbox.decoded[1:] == [(6, 7, 8, 9)]
-    assert second.cached_tokens == 6 * FRAME_TOKENS
+    assert second.whole.cached_tokens == 6 * FRAME_TOKENS
     assert encoder.arrays(second)["embeddings"][:-1:FRAME_TOKENS, 0].tolist() == list(range(10))
 
 
@@ -203,7 +263,7 @@ def test_other_tenants_and_other_bytes_share_nothing(tmp_path: Path, other: dict
     encoder = Encoder(tmp_path)
     encoder.ask("a")
     encoder.ask("b", **other)  # type: ignore[arg-type]  # strings only
-    assert [event.cached_tokens for event in encoder.run()] == [0, 0]
+    assert [event.whole.cached_tokens for event in encoder.run()] == [0, 0]
     assert sum(encoder.vision.encoded) == 40
 
 
@@ -211,21 +271,22 @@ def test_a_video_is_the_same_beside_any_number_of_images(tmp_path: Path) -> None
     encoder = Encoder(tmp_path)
     encoder.ask("a", only_image=False)
     encoder.ask("b", only_image=True)
-    assert encoder.run()[1].cached_tokens == 20 * FRAME_TOKENS
+    assert encoder.run()[1].whole.cached_tokens == 20 * FRAME_TOKENS
 
 
 def test_an_image_alone_is_cut_into_tiles_and_cached_apart(tmp_path: Path) -> None:
     encoder = Encoder(tmp_path)
     for name, only in (("a", True), ("b", False), ("c", True), ("d", False)):
         encoder.ask(name, modality="image", only_image=only)
-    alone, one_of_many, again, many_again = encoder.run()
-    assert encoder.vision.encoded == [2, 1]
-    assert alone.encoded.tokens == GEOMETRY.image_tokens(SIDE, SIDE)
-    assert one_of_many.encoded.tokens == GEOMETRY.image_tokens(SIDE, SIDE, 2)
-    assert again.cached_tokens == again.encoded.tokens == alone.encoded.tokens
-    assert many_again.cached_tokens == one_of_many.encoded.tokens
+    done = {item.request_id: item for item in encoder.run()}
+    alone, one_of_many, again, many_again = (done[name] for name in "abcd")
+    assert encoder.vision.encoded == [3], "both pictures in one look of the tower"
+    assert alone.tokens == GEOMETRY.image_tokens(SIDE, SIDE)
+    assert one_of_many.tokens == GEOMETRY.image_tokens(SIDE, SIDE, 2)
+    assert again.whole.cached_tokens == again.tokens == alone.tokens
+    assert many_again.whole.cached_tokens == one_of_many.tokens
     planned = encoder.reporter.of(m.MediaPlanned)
-    assert [event.tokens for event in planned[:2]] == [alone.encoded.tokens, one_of_many.encoded.tokens]
+    assert [event.keep_bound for event in planned[:2]] == [alone.tokens, one_of_many.tokens]
 
 
 @pytest.mark.parametrize("prune", ["random", "uniform", "holitom"])
@@ -233,40 +294,40 @@ def test_a_reduced_image_keeps_no_more_than_its_bound(tmp_path: Path, prune: str
     encoder = Encoder(tmp_path)
     encoder.ask(modality="image", prune=prune, keep=0.25)
     (event,) = encoder.run()
-    assert event.encoded.kept < event.encoded.tokens
-    assert event.encoded.kept <= encoder.reporter.of(m.MediaPlanned)[0].keep_bound
+    assert event.kept < event.tokens
+    assert event.kept <= encoder.reporter.of(m.MediaPlanned)[0].keep_bound
     # the newline is never reduced
-    assert int(encoder.arrays(event)["source"][-1]) == event.encoded.tokens - 1
+    assert int(encoder.arrays(event)["source"][-1]) == event.tokens - 1
 
 
 def test_lost_frames_are_left_out_reported_and_not_tried_again(tmp_path: Path) -> None:
     encoder = Encoder(tmp_path, broken={2, 9})
     encoder.ask("a")
     (event,) = encoder.run()
-    assert event.report.lost_frames == 2
-    assert event.report.frames == len(event.report.timestamps_s) == 18
-    assert 1.0 not in event.report.timestamps_s
-    assert event.encoded.tokens == 18 * FRAME_TOKENS + 1
+    assert event.whole.report.lost_frames == 2
+    assert event.whole.report.frames == len(event.whole.report.timestamps_s) == 18
+    assert 1.0 not in event.whole.report.timestamps_s
+    assert event.tokens == 18 * FRAME_TOKENS + 1
     assert 2.0 not in encoder.arrays(event)["embeddings"][:, 0]
     decodes = len(encoder.sandbox.decoded)
     encoder.ask("b")
     (again,) = encoder.run()
     assert len(encoder.sandbox.decoded) == decodes
-    assert again.report == event.report
-    assert again.encoded.tokens == event.encoded.tokens
+    assert again.whole.report == event.whole.report
+    assert again.tokens == event.tokens
 
 
 def test_a_lost_frame_that_another_range_decoded_is_used_and_reported(tmp_path: Path) -> None:
     encoder = Encoder(tmp_path, broken={2})
     encoder.ask("a", frames=6)
     (lossy,) = encoder.run()
-    assert lossy.report.lost_frames == 1
+    assert lossy.whole.report.lost_frames == 1
     encoder.sandbox.broken.clear()
     encoder.ask("b", frames=10)
     encoder.ask("a again", frames=6)
     _, again = encoder.run()
-    assert (again.report.lost_frames, again.report.frames) == (0, 6)
-    assert again.encoded.tokens == 6 * FRAME_TOKENS + 1
+    assert (again.whole.report.lost_frames, again.whole.report.frames) == (0, 6)
+    assert again.tokens == 6 * FRAME_TOKENS + 1
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -324,9 +385,9 @@ def test_credits_shrink_with_the_queue_and_leases_go_when_released(tmp_path: Pat
     assert encoder.handler.credits().requests == MAX_QUEUED - 2
     events = encoder.run()
     assert encoder.handler.credits().requests == MAX_QUEUED
-    assert encoder.leases.num_held == 2
-    for event in (*events, *events):
-        encoder.handler.handle(m.ReleaseLease(lease_id=event.encoded.lease.lease_id))
+    assert encoder.leases.num_held == 4
+    for part in [part for event in (*events, *events) for part in event.parts]:
+        encoder.handler.handle(m.ReleaseLease(lease_id=part.lease.lease_id))
     assert encoder.leases.num_held == 0
 
 
@@ -335,5 +396,195 @@ def test_without_a_cache_everything_still_works(tmp_path: Path) -> None:
     encoder.ask("a")
     encoder.ask("b")
     first, second = encoder.run()
-    assert second.cached_tokens == 0
+    assert second.whole.cached_tokens == 0
     assert torch.equal(encoder.arrays(first)["embeddings"], encoder.arrays(second)["embeddings"])
+
+
+def test_a_whole_item_method_publishes_window_by_window(tmp_path: Path) -> None:
+    encoder = Encoder(tmp_path, frames=100)
+    encoder.ask(frames=100, prune="holitom", keep=0.5)
+    (item,) = encoder.run()
+    assert [part.tokens for part in item.parts] == [64 * FRAME_TOKENS, 36 * FRAME_TOKENS + 1]
+    encoder.ask("again", frames=100, prune="uniform", keep=0.5)
+    (item,) = encoder.run()
+    assert len(item.parts) == 1, "what looks at the whole item waits for all of it"
+
+
+def test_rows_are_told_apart_by_frame_and_method_however_the_item_was_cut(tmp_path: Path) -> None:
+    encoder = Encoder(tmp_path)
+    encoder.ask("half", frames=10)
+    encoder.ask("all", frames=20)
+    encoder.ask("reduced", frames=10, prune="uniform", keep=0.5)
+    half, everything, reduced = encoder.run()
+    assert [part.tokens // FRAME_TOKENS for part in everything.parts] == [10, 8, 2]
+    rows = [_named(encoder.arrays(item)) for item in (half, everything, reduced)]
+    assert rows[0][:-1] == rows[1][: len(rows[0]) - 1]
+    assert rows[0][-1] == rows[1][-1], "every newline is the same"
+    assert len(set(rows[1])) == len(rows[1])
+    assert not set(rows[2][:-1]) & set(rows[1])
+
+
+def _named(arrays: dict[str, Tensor]) -> list[tuple[bytes, int]]:
+    keys = [bytes(key) for key in arrays["key"].tolist()]
+    return list(zip(keys, arrays["index"].tolist(), strict=True))
+
+
+def test_what_waits_for_a_decoder_holds_up_nothing_else(tmp_path: Path) -> None:
+    encoder = Encoder(tmp_path, slow={"slow"})
+    encoder.ask("slow", digest="slow")
+    encoder.ask("quick", digest="quick")
+    assert [item.request_id for item in encoder.run()] == ["quick", "slow"]
+
+
+def test_an_image_does_not_wait_for_a_long_video(tmp_path: Path) -> None:
+    encoder = Encoder(tmp_path, frames=200)
+    encoder.ask("long", frames=200)
+    encoder.handler.step()
+    for name in "ab":
+        encoder.ask(name, digest=name, modality="image")
+    encoder.handler.step()
+    encoder.handler.step()
+    done = {event.request_id for event in encoder.reporter.of(m.MediaEncoded) if event.whole is not None}
+    assert done == {"a", "b"}
+    assert [item.request_id for item in encoder.run()] == ["long"]
+
+
+def test_a_look_of_the_tower_has_a_budget(tmp_path: Path) -> None:
+    encoder = Encoder(tmp_path)
+    for number in range(12):
+        encoder.ask(f"r{number}", digest=f"d{number}", modality="image")
+    assert len(encoder.run()) == 12
+    assert max(encoder.vision.encoded) <= CROPS_PER_BATCH["cpu"]
+    assert sum(encoder.vision.encoded) == 24
+    assert len(encoder.vision.encoded) == 3
+
+
+def test_a_cancelled_video_stops_decoding_and_who_waited_for_it_goes_on(tmp_path: Path) -> None:
+    encoder = Encoder(tmp_path)
+    encoder.ask("a")
+    encoder.ask("b")
+    encoder.handler.step()
+    encoder.handler.handle(m.CancelRequest(request_id="a"))
+    assert encoder.sandbox.closed == 1
+    (item,) = encoder.run()
+    assert item.request_id == "b"
+    assert item.whole.cached_tokens == 8 * FRAME_TOKENS
+    assert sum(encoder.vision.encoded) == 20
+
+
+def test_a_tower_that_fails_fails_what_it_looked_at(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    encoder = Encoder(tmp_path)
+    encoder.vision.error = RuntimeError("no more memory")
+    encoder.ask("a", modality="image")
+    assert encoder.run() == []
+    encoder.vision.error = None
+    encoder.ask("b", modality="image")
+    assert [item.request_id for item in encoder.run()] == ["b"]
+    assert [event.request_id for event in encoder.reporter.of(m.RequestFailed)] == ["a"]
+    assert len(caplog.records) == 1
+
+
+# one video on two workers
+
+
+@dataclass
+class Pair:
+    """An owner and a helper, and the dispatcher's part between them."""
+
+    owner: Encoder
+    helper: Encoder
+
+    def share(self, positions: tuple[int, ...], frames: int = 40) -> None:
+        media = MediaRef(
+            modality="video", path="/m", digest="d", source="clip", options=MediaOptions(num_frames=frames)
+        )
+        ask = m.EncodeFrames(request_id="r", attempt=3, item=0, media=media, positions=positions)
+        self.helper.handler.handle(ask)
+        self.leave(positions)
+
+    def leave(self, positions: tuple[int, ...]) -> None:
+        self.owner.handler.handle(m.AwaitFrames(request_id="r", attempt=3, item=0, positions=positions))
+
+    def forward(self) -> None:
+        """Everything that the helper has."""
+        while self.helper.handler.step():
+            pass
+        for event in self.helper.reporter.of(m.FramesEncoded):
+            take = m.TakeFrames(request_id="r", attempt=3, item=0, frames=event.frames)
+            self.owner.handler.handle(take)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Pair:
+    return Pair(Encoder(tmp_path, frames=40), Encoder(tmp_path, frames=40))
+
+
+@pytest.mark.parametrize("steps", range(1, 4))
+def test_two_workers_publish_what_one_would(tmp_path: Path, pair: Pair, steps: int) -> None:
+    alone = Encoder(tmp_path, frames=40)
+    alone.ask(frames=40)
+    (expected,) = alone.run()
+    pair.owner.ask(frames=40)
+    for _ in range(steps):
+        pair.owner.handler.step()
+    pair.share(tuple(range(24, 40)))
+    pair.owner.run()
+    assert not pair.owner.handler.step(), "it waits for the helper without turning"
+    pair.forward()
+    pair.owner.run()
+    events = pair.owner.reporter.of(m.MediaEncoded)
+    assert events[-1].whole is not None
+    parts = [event.part for event in events]
+    found = pair.owner.arrays(Published("r", parts, events[-1].whole))
+    for name, array in alone.arrays(expected).items():
+        assert torch.equal(found[name], array)
+    assert events[-1].whole.report == expected.whole.report
+    assert sum(pair.owner.vision.encoded) == 24
+    assert sum(pair.helper.vision.encoded) == 16
+    assert pair.owner.handler.credits() == pair.owner.handler.capacity
+    pair.owner.ask("again", frames=40)
+    assert pair.owner.run()[0].whole.cached_tokens == 40 * FRAME_TOKENS
+
+
+def test_frames_that_a_helper_lost_are_lost(pair: Pair) -> None:
+    pair.helper.sandbox.broken = {25, *range(32, 40)}
+    pair.owner.ask(frames=40)
+    pair.owner.handler.step()
+    pair.share(tuple(range(24, 40)))
+    pair.owner.run()
+    pair.forward()
+    pair.owner.run()
+    whole = pair.owner.reporter.of(m.MediaEncoded)[-1].whole
+    assert whole is not None
+    assert whole.report.lost_frames == 9
+
+
+def test_an_owner_takes_back_what_a_lost_helper_had(pair: Pair) -> None:
+    pair.owner.ask(frames=40)
+    pair.owner.handler.step()
+    pair.share(tuple(range(24, 40)))
+    pair.owner.run()
+    pair.leave(())
+    pair.owner.run()
+    whole = pair.owner.reporter.of(m.MediaEncoded)[-1].whole
+    assert whole is not None
+    assert whole.report.frames == 40
+    pair.forward()  # it was only slow
+    assert pair.owner.run() == []
+    assert not pair.owner.reporter.of(m.RequestFailed)
+
+
+def test_frames_that_cannot_be_read_fail_their_item_alone(pair: Pair) -> None:
+    pair.owner.ask(frames=40)
+    pair.owner.handler.step()
+    pair.share(tuple(range(24, 40)))
+    while pair.helper.handler.step():
+        pass
+    event = pair.helper.reporter.of(m.FramesEncoded)[0]
+    assert event.frames.lease is not None
+    pair.helper.leases.release(event.frames.lease.lease_id)
+    pair.owner.handler.handle(m.TakeFrames(request_id="r", attempt=3, item=0, frames=event.frames))
+    pair.owner.run()
+    assert [failure.request_id for failure in pair.owner.reporter.of(m.RequestFailed)] == ["r"]
+    pair.owner.ask("next", digest="e")
+    assert [item.request_id for item in pair.owner.run()] == ["next"]

@@ -6,6 +6,7 @@ import math
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,18 +16,19 @@ from mmserve import messages as m
 from mmserve.attention.paged import PagedAttention, SequenceRows
 from mmserve.engine.runner import DecodeRow
 from mmserve.engine.scheduler import Plan
+from mmserve.kv.identity import KEY_BYTES
 from mmserve.kv.store import PageStore
 from mmserve.kv.table import PageTable
 from mmserve.request import FinishReason, Methods
 from mmserve.sampling import SamplingParams
 from mmserve.transfer import LeaseStore
-from tests.workers.fakes import BOTH, EOS, IMAGE, VIDEO, Engine, tiny_decoder
+from tests.workers.fakes import BOTH, EOS, IMAGE, VIDEO, Engine, tiny_decoder, whole
 
 LONG = SamplingParams(max_tokens=8, ignore_eos=True)
 MIXED = (1, 2, VIDEO, 3, IMAGE, 4, 5)
 
 
-def mixed(engine: Engine) -> tuple[m.EncodedItem, ...]:
+def mixed(engine: Engine) -> tuple[m.PromptItem, ...]:
     return engine.item(9, [0, 2, 3, 8], seed=1), engine.item(5, seed=2)
 
 
@@ -177,15 +179,15 @@ def test_cancel_in_every_state_frees_all_pages(tmp_path: Path, steps: int, hand_
 # errors
 
 
-def gone(engine: Engine) -> m.EncodedItem:
-    item = engine.item(3)
-    engine.leases.release(item.lease.lease_id)
-    return item
+def gone(engine: Engine) -> m.PromptItem:
+    part = engine.part(3)
+    engine.leases.release(part.lease.lease_id)
+    return whole(part)
 
 
-def wide(engine: Engine) -> m.EncodedItem:
-    item = engine.item(3)
-    return m.EncodedItem(lease=item.lease, tokens=2, kept=3)
+def wide(engine: Engine) -> m.PromptItem:
+    part = engine.part(3)
+    return whole(m.EncodedPart(lease=part.lease, tokens=2, kept=3))
 
 
 @pytest.mark.parametrize(
@@ -261,11 +263,11 @@ def test_scores_that_are_not_numbers_fail_one_request_only(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = Engine(tmp_path)
-    item = engine.leases.publish(
-        {"embeddings": torch.full((1, 16), math.nan).numpy(), "source": torch.zeros(1).int().numpy()}, ttl_s=9
-    )
+    arrays = {name: np.zeros(1, np.int32) for name in ("source", "index")}
+    arrays |= {"embeddings": np.full((1, 16), math.nan), "key": np.zeros((1, KEY_BYTES), np.uint8)}
+    part = m.EncodedPart(lease=engine.leases.publish(arrays, ttl_s=9), tokens=1, kept=1)
     sampled = SamplingParams(max_tokens=3, temperature=1.0, seed=1)
-    engine.prefill("nan", (1, IMAGE), (m.EncodedItem(lease=item, tokens=1, kept=1),), sampling=sampled)
+    engine.prefill("nan", (1, IMAGE), (whole(part),), sampling=sampled)
     engine.prefill("good", (1, 2, 3))
     engine.finish()
     assert [event.request_id for event in engine.reporter.of(m.RequestFailed)] == ["nan"]
@@ -366,3 +368,78 @@ def test_credits_hold_back_what_a_prompt_in_the_queue_will_take(tmp_path: Path) 
     # prefilled, its decode not yet asked for: the answer's pages are still its own
     assert isinstance(engine.reporter.events[1], m.PromptPrefilled)
     assert free(engine.handler.credits()) == left
+
+
+# prompts that grow
+
+
+def grow(
+    engine: Engine, name: str, item: int, part: m.EncodedPart, *, is_last: bool, attempt: int = 0
+) -> None:
+    engine.handler.handle(
+        m.ExtendPrompt(request_id=name, attempt=attempt, item=item, part=part, is_last=is_last)
+    )
+
+
+@pytest.mark.parametrize("kv", ["none", "snapkv"])
+@pytest.mark.parametrize("budget", [1, 7, 2048])
+def test_a_prompt_that_grows_is_answered_like_one_that_was_whole(
+    tmp_path: Path, kv: str, budget: int
+) -> None:
+    methods = Methods(kv=kv, kv_budget=0.5)
+    engine = Engine(tmp_path, token_budget=budget)
+    parts = engine.part(9, seed=1), engine.part(80, seed=1, first=9)
+    engine.prefill("whole", (1, 2, VIDEO, 3), (whole(*parts),), methods=methods)
+    engine.finish()
+    grown = Engine(tmp_path, token_budget=budget)
+    start = m.PromptItem(parts=parts[:1], is_whole=False, keep_bound=100)
+    grown.prefill("grown", (1, 2, VIDEO, 3), (start,), methods=methods)
+    grown.run()
+    rows = grown.runner.prompts["grown"]
+    assert rows.done == rows.ready == (10 if kv == "none" else 0)
+    assert not grown.reporter.of(m.PromptPrefilled)
+    grow(grown, "grown", 0, parts[1], is_last=True)
+    grown.finish()
+    assert grown.answer("grown") == engine.answer("whole")
+    assert grown.reporter.of(m.PromptPrefilled)[0].slots == engine.reporter.of(m.PromptPrefilled)[0].slots
+    assert grown.used_pages == 0
+
+
+def test_others_go_on_while_a_prompt_waits_for_its_media(tmp_path: Path) -> None:
+    engine = Engine(tmp_path)
+    engine.prefill("grows", (1, VIDEO, 3), (m.PromptItem(parts=(), is_whole=False, keep_bound=9),))
+    engine.prefill("text", (1, 2, 3))
+    engine.finish()
+    assert len(engine.answer("text")) == 5
+    engine.handler.handle(m.CancelRequest(request_id="grows"))
+    grow(engine, "grows", 0, engine.part(9), is_last=True)
+    engine.run()
+    assert engine.used_pages == 0
+    assert not engine.reporter.of(m.RequestFailed)
+
+
+def test_a_part_of_an_earlier_attempt_is_not_wanted(tmp_path: Path) -> None:
+    engine = Engine(tmp_path)
+    engine.prefill("r", (1, VIDEO, 3), (m.PromptItem(parts=(), is_whole=False, keep_bound=9),))
+    grow(engine, "r", 0, engine.part(9, seed=5), is_last=True, attempt=7)
+    engine.run()
+    assert not engine.reporter.of(m.PromptPrefilled)
+    grow(engine, "r", 0, engine.part(9), is_last=True)
+    engine.finish()
+    assert len(engine.answer("r")) == 5
+
+
+@pytest.mark.parametrize("admitted", [True, False])
+def test_a_part_that_cannot_be_read_fails_its_request_alone(tmp_path: Path, admitted: bool) -> None:
+    engine = Engine(tmp_path)
+    engine.prefill("r", (1, VIDEO, 3), (m.PromptItem(parts=(), is_whole=False, keep_bound=9),))
+    if admitted:
+        engine.run()
+    part = engine.part(9)
+    engine.leases.release(part.lease.lease_id)
+    grow(engine, "r", 0, part, is_last=True)
+    engine.prefill("good", (1, 2, 3))
+    engine.finish()
+    assert [event.request_id for event in engine.reporter.of(m.RequestFailed)] == ["r"]
+    assert len(engine.answer("good")) == 5
+    assert engine.used_pages == 0

@@ -277,7 +277,7 @@ def test_bad_frames_and_impossible_events_are_dropped(
     worker.expect(m.EncodeMedia)
     for frame in (b"", b"\xc1", b"\x00" * 40):
         worker.dealer.send(frame)
-    worker.send(m.MediaPlanned(request_id=request_id, attempt=0, item=99, tokens=1, keep_bound=1))
+    worker.send(m.MediaPlanned(request_id=request_id, attempt=0, item=99, keep_bound=1))
     until = time.monotonic() + 10
     while len(caplog.records) < 4 and time.monotonic() < until:
         pipeline.counts()  # a round trip to the thread that reads them

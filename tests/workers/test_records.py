@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmserve import messages as m
-from mmserve.request import MediaRef, Prompt, Timings, Usage
+from mmserve.request import MediaRef, MediaReport, Prompt, Timings, Usage
 from mmserve.sampling import Logprob
 from mmserve.workers.records import Item, Record, State, Worker
 
@@ -20,8 +20,11 @@ PARTS = ("fetch", "decode", "preprocess", "encode", "prune", "transfer", "queue"
 
 
 def item(tokens: int, kept: int, cached: int = 0, times: m.EncodeTimes | None = None) -> Item:
+    report = MediaReport(source="s", frames=1, timestamps_s=(0.0,), lost_frames=0, width=4, height=4)
+    none = m.EncodeTimes(queue=0, decode=0, preprocess=0, encode=0, prune=0, publish=0)
     return Item(
-        encoded=m.EncodedItem(lease=LEASE, tokens=tokens, kept=kept), cached_tokens=cached, times=times
+        parts=[m.EncodedPart(lease=LEASE, tokens=tokens, kept=kept)],
+        whole=m.EncodedMedia(cached_tokens=cached, report=report, times=times or none),
     )
 
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import random
 from signal import SIGKILL
 
+import msgspec
+
 from mmserve import messages as m
 from mmserve.messages import Role
-from mmserve.request import FinishReason, MediaRef, MediaReport, Prompt
+from mmserve.request import SEGMENT_FRAMES, FinishReason, MediaRef, MediaReport, Prompt
 from mmserve.sampling import SamplingParams
 from mmserve.workers.dispatcher import Dispatcher, Update
 
 ANSWER = 5  # tokens of every answer
 TEXT = 5  # tokens of every prompt, placeholders included
-KEPT = 10  # tokens of every media item
+PARTS = (4, 1, 5)  # kept tokens of the parts of every media item
+KEPT = sum(PARTS)
+FRAMES = 40
 CAPACITY = m.Credits(requests=8, slots=10_000)
 
 
@@ -40,8 +44,12 @@ class FakeWorker:
         self.roles = roles
         self.capacity = capacity
         self.held: dict[str, int] = {}
-        self.rejects_prompts = False  # preempts each instead of running it
+        self.rejects_prompts = False  # preempts each that is whole instead of running it
         self.inbox: list[tuple[int, m.AnyCommand]] = []
+        self.encodes: list[tuple[m.EncodeMedia, int]] = []  # with how many parts are published
+        self.helps: list[m.EncodeFrames] = []
+        self.awaited: dict[tuple[str, int], set[int]] = {}  # frames that others encode, by item
+        self.prompts: dict[str, tuple[m.PrefillPrompt, list[int]]] = {}  # with how many parts there are
         self.decodes: dict[str, tuple[m.DecodeFrom, int]] = {}
         self.seen = 0
         self.released: list[str] = []
@@ -55,16 +63,21 @@ class FakeWorker:
         return m.Upward(epoch="", seen=self.seen, credits=free, event=event)
 
     def preempt(self, name: str) -> m.RequestPreempted:
-        command, _ = self.decodes.pop(name)
+        """Whatever it does with the request."""
+        command = self.prompts.pop(name)[0] if name in self.prompts else self.decodes.pop(name)[0]
         self.held.pop(name, None)
         return m.RequestPreempted(request_id=name, attempt=command.attempt)
 
     def step(self, number: int) -> list[m.AnyEvent]:
-        """Handle one waiting command, or decode one token for all running requests."""
+        """Handle one waiting command, or encode one part, or decode one token for all running requests."""
         if self.inbox:
             self.seen, command = self.inbox.pop(0)
             self.done.append(command)
             return self._handle(command, number)
+        if self.helps:
+            return [self._help(number)]
+        if encoded := self._encode(number):
+            return [encoded]
         tokens = []
         for name, (command, seq) in list(self.decodes.items()):
             finish = FinishReason.LENGTH if seq + 1 == command.sampling.max_tokens else None
@@ -81,45 +94,34 @@ class FakeWorker:
 
     def _handle(self, command: m.AnyCommand, number: int) -> list[m.AnyEvent]:
         if isinstance(command, m.EncodeMedia):
-            report = MediaReport(source="x", frames=1, timestamps_s=(0.0,), lost_frames=0, width=1, height=1)
-            times = m.EncodeTimes(queue=0, decode=1, preprocess=1, encode=1, prune=0, publish=0)
+            self.encodes.append((command, 0))
             return [
-                m.MediaEncoded(
+                m.MediaPlanned(
                     request_id=command.request_id,
                     attempt=command.attempt,
                     item=command.item,
-                    encoded=m.EncodedItem(lease=_lease(number), tokens=37, kept=KEPT),
-                    cached_tokens=0,
-                    report=report,
-                    times=times,
+                    keep_bound=KEPT,
+                    missing=tuple(range(FRAMES)),
                 )
             ]
+        if isinstance(command, m.EncodeFrames):
+            self.helps.append(command)
+        elif isinstance(command, m.AwaitFrames):
+            self.awaited[command.request_id, command.item] = set(command.positions)
+        elif isinstance(command, m.TakeFrames):
+            left = self.awaited.get((command.request_id, command.item), set())
+            assert left.issuperset(command.frames.positions), "frames came twice, or to somebody else"
+            left.difference_update(command.frames.positions)
+        if isinstance(command, m.ExtendPrompt):
+            return self._extend(command, number)
         if isinstance(command, m.PrefillPrompt):
-            if self.rejects_prompts:
-                return [m.RequestPreempted(request_id=command.request_id, attempt=command.attempt)]
-            slots = len(command.token_ids) - len(command.items) + sum(item.kept for item in command.items)
+            visual = sum(item.keep_bound for item in command.items)
+            slots = len(command.token_ids) - len(command.items) + visual
             if not command.hand_off:
                 answer = m.answer_slots(command.sampling, len(command.forced))
                 self.held[command.request_id] = slots + answer
-            first = None
-            if not command.forced:
-                first = m.Sampled(request_id=command.request_id, attempt=command.attempt, seq=0, token_id=100)
-            return [
-                m.PromptPrefilled(
-                    request_id=command.request_id,
-                    attempt=command.attempt,
-                    first=first,
-                    lease=_lease(number) if command.hand_off else None,
-                    next_order=40,
-                    next_position=slots,
-                    slots=slots,
-                    kv_bytes=1,
-                    kv_bytes_uncompressed=2,
-                    queue_ms=0,
-                    transfer_ms=0,
-                    prefill_ms=1,
-                )
-            ]
+            self.prompts[command.request_id] = command, [len(item.parts) for item in command.items]
+            return self._prefill(command.request_id, number)
         if isinstance(command, m.DecodeFrom):
             assert list(command.tokens) == [100 + seq for seq in range(len(command.tokens))]
             self.decodes[command.request_id] = (command, len(command.tokens))
@@ -127,11 +129,95 @@ class FakeWorker:
                 answer = m.answer_slots(command.sampling, len(command.tokens))
                 self.held[command.request_id] = command.next_position + answer
         elif isinstance(command, m.CancelRequest):
+            self.encodes = [one for one in self.encodes if one[0].request_id != command.request_id]
+            self.helps = [one for one in self.helps if one.request_id != command.request_id]
+            self.awaited = {key: left for key, left in self.awaited.items() if key[0] != command.request_id}
+            self.prompts.pop(command.request_id, None)
             self.decodes.pop(command.request_id, None)
             self.held.pop(command.request_id, None)
         elif isinstance(command, m.ReleaseLease):
             self.released.append(command.lease_id)
         return []
+
+    def _help(self, number: int) -> m.FramesEncoded:
+        """The next segment of frames for another worker."""
+        command = self.helps.pop(0)
+        now, later = command.positions[:SEGMENT_FRAMES], command.positions[SEGMENT_FRAMES:]
+        if later:
+            self.helps.insert(0, msgspec.structs.replace(command, positions=later))
+        return m.FramesEncoded(
+            request_id=command.request_id,
+            attempt=command.attempt,
+            item=command.item,
+            frames=m.EncodedFrames(positions=now, lost=(), lease=_lease(number)),
+            is_last=not later,
+        )
+
+    def _encode(self, number: int) -> m.MediaEncoded | None:
+        """The next part of what waits longest and not for others."""
+        index = next((i for i, one in enumerate(self.encodes) if not self._is_held_up(*one)), None)
+        if index is None:
+            return None
+        command, count = self.encodes[index]
+        is_last = count + 1 == len(PARTS)
+        if is_last:
+            del self.encodes[index]
+            self.awaited.pop((command.request_id, command.item), None)
+        else:
+            self.encodes[index] = command, count + 1
+        report = MediaReport(source="x", frames=1, timestamps_s=(0.0,), lost_frames=0, width=1, height=1)
+        times = m.EncodeTimes(queue=0, decode=1, preprocess=1, encode=1, prune=0, publish=0)
+        whole = m.EncodedMedia(cached_tokens=0, report=report, times=times)
+        return m.MediaEncoded(
+            request_id=command.request_id,
+            attempt=command.attempt,
+            item=command.item,
+            part=m.EncodedPart(lease=_lease(number), tokens=12, kept=PARTS[count]),
+            whole=whole if is_last else None,
+        )
+
+    def _is_held_up(self, command: m.EncodeMedia, count: int) -> bool:
+        return count + 1 == len(PARTS) and bool(self.awaited.get((command.request_id, command.item)))
+
+    def _extend(self, command: m.ExtendPrompt, number: int) -> list[m.AnyEvent]:
+        if command.request_id not in self.prompts:
+            return []  # preempted
+        prompt, parts = self.prompts[command.request_id]
+        assert prompt.attempt == command.attempt
+        assert command.part.kept == PARTS[parts[command.item]], "a part is missing, or came twice"
+        parts[command.item] += 1
+        assert command.is_last == (parts[command.item] == len(PARTS))
+        return self._prefill(command.request_id, number)
+
+    def _prefill(self, name: str, number: int) -> list[m.AnyEvent]:
+        """Nothing until the prompt is whole."""
+        command, parts = self.prompts[name]
+        if any(count < len(PARTS) for count in parts):
+            return []
+        del self.prompts[name]
+        if self.rejects_prompts:
+            self.held.pop(name, None)
+            return [m.RequestPreempted(request_id=name, attempt=command.attempt)]
+        slots = len(command.token_ids) + (KEPT - 1) * len(command.items)
+        first = None
+        if not command.forced:
+            first = m.Sampled(request_id=name, attempt=command.attempt, seq=0, token_id=100)
+        return [
+            m.PromptPrefilled(
+                request_id=name,
+                attempt=command.attempt,
+                first=first,
+                lease=_lease(number) if command.hand_off else None,
+                next_order=40,
+                next_position=slots,
+                slots=slots,
+                kv_bytes=1,
+                kv_bytes_uncompressed=2,
+                queue_ms=0,
+                transfer_ms=0,
+                prefill_ms=1,
+            )
+        ]
 
 
 class World:
@@ -148,8 +234,8 @@ class World:
         self.number = 0
         self.updates: list[Update] = []
         self.capacity = m.Credits(requests=8, slots=slots)
-        for these in roles:
-            self.start(these)
+        for slot, these in enumerate(roles):
+            self.start(these, slot)
 
     def start(self, roles: tuple[Role, ...], slot: int = 0) -> FakeWorker:
         self.generation += 1
@@ -215,7 +301,7 @@ class World:
             "supervisor", m.Upward(epoch="", seen=0, credits=m.Credits(requests=0), event=died)
         )
         self.deliver()
-        self.start(worker.roles)
+        self.start(worker.roles, int(worker.name.split("-")[1]))
         self.deliver()
 
     def run(self, steps: int = 3000) -> None:
@@ -241,5 +327,6 @@ class World:
 
 
 EPD = ((Role.ENCODE,), (Role.PREFILL,), (Role.DECODE,))
+EEPD = ((Role.ENCODE,), *EPD)
 TOGETHER = ((Role.ENCODE, Role.PREFILL, Role.DECODE),)
 WHOLE = [100 + seq for seq in range(ANSWER)]

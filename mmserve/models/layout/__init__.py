@@ -1,6 +1,6 @@
 """Prompt layout per model family: placeholders, order and RoPE positions. Pure Python and numpy."""
 
-from mmserve.models.layout.base import expand, expand_tokens
-from mmserve.models.layout.llava_onevision import survivors
+from mmserve.models.layout.base import Rows, Walk, expand
+from mmserve.models.layout.llava_onevision import positions
 
-__all__ = ["expand", "expand_tokens", "survivors"]
+__all__ = ["Rows", "Walk", "expand", "positions"]

@@ -7,7 +7,6 @@ each family's own file.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -18,63 +17,69 @@ from mmserve.errors import BadRequest, WireError
 IntArray = NDArray[np.int32]
 
 
-class Span(NamedTuple):
-    """The run of one item's tokens in the uncompressed prompt."""
-
-    start: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class PromptLayout:
-    """The uncompressed prompt as transformers would see it; `spans` in the order of the items."""
+class Rows(NamedTuple):
+    """A run of a prompt's rows: text, or what remains of a part of one item."""
 
     token_ids: NDArray[np.int64]
-    spans: tuple[Span, ...]
-
-
-class Survivors(NamedTuple):
-    """What is prefilled: one entry per row, in prompt order."""
-
     order: IntArray  # index in the uncompressed prompt
-    position: IntArray  # RoPE position
-    is_visual: NDArray[np.bool_]
+    is_visual: bool
+
+    def __len__(self) -> int:
+        return len(self.order)
 
 
-def expand(token_ids: Sequence[int], counts: Sequence[int], media_token_ids: Collection[int]) -> PromptLayout:
-    """Repeat each placeholder (any of `media_token_ids`) as often as its item has tokens."""
-    ids = np.asarray(token_ids, np.int64)
-    places = np.flatnonzero(np.isin(ids, list(media_token_ids)))
-    if len(places) != len(counts):
-        raise BadRequest(f"Expected {len(counts)} media placeholders in the prompt, but got {len(places)}")
-    repeats = np.ones(len(ids), np.int64)
-    repeats[places] = counts
-    starts = np.cumsum(repeats) - repeats
-    spans = tuple(Span(int(start), int(count)) for start, count in zip(starts[places], counts, strict=True))
-    return PromptLayout(np.repeat(ids, repeats), spans)
+class Walk:
+    """A way through a prompt from its beginning, as far as the lengths of its items are known.
 
-
-def expand_tokens(
-    token_ids: Sequence[int], counts: Sequence[int], media_token_ids: Collection[int]
-) -> tuple[int, ...]:
-    """The token ids of the uncompressed prompt."""
-    return tuple(expand(token_ids, counts, media_token_ids).token_ids.tolist())
-
-
-def kept_rows(layout: PromptLayout, kept: Sequence[IntArray | None]) -> tuple[IntArray, NDArray[np.bool_]]:
-    """Orders of the rows that remain, and which are visual.
-
-    `kept` holds ascending indices inside each item, None for all of it.
+    The caller alternates: text, then the parts of the next item, text, and so on.
     """
-    remains = np.ones(len(layout.token_ids), np.bool_)
-    visual = np.zeros(len(layout.token_ids), np.bool_)
-    for span, indices in zip(layout.spans, kept, strict=True):
-        visual[span.start : span.start + span.length] = True
-        if indices is None:
-            continue
-        inside = len(indices) == 0 or (indices[0] >= 0 and indices[-1] < span.length)
-        if not inside or (np.diff(indices) <= 0).any():
-            raise WireError(f"Expected ascending kept tokens below {span.length}, but got something else")
-        remains[span.start : span.start + span.length] = False
-        remains[span.start + indices] = True
-    return np.flatnonzero(remains).astype(np.int32), visual[remains]
+
+    def __init__(self, token_ids: Sequence[int], items: int, media_token_ids: Collection[int]) -> None:
+        self._ids = np.asarray(token_ids, np.int64)
+        self._places = _places(self._ids, items, media_token_ids)
+        self._next = 0  # of `token_ids`
+        self.item = 0  # whose placeholder comes next
+        self.length = 0  # tokens of the uncompressed prompt that were passed
+
+    @property
+    def is_over(self) -> bool:
+        return self._next == len(self._ids)
+
+    def text(self) -> Rows:
+        """The text up to the next placeholder or the end."""
+        stop = self._places[self.item] if self.item < len(self._places) else len(self._ids)
+        ids = self._ids[self._next : stop]
+        self._next = int(stop)
+        return Rows(ids, self._pass(len(ids)), False)
+
+    def part(self, tokens: int, kept: IntArray) -> Rows:
+        """The next `tokens` of the item here; `kept` are ascending indices among them."""
+        inside = len(kept) == 0 or (kept[0] >= 0 and kept[-1] < tokens)
+        if not inside or (np.diff(kept) <= 0).any():
+            raise WireError(f"Expected ascending kept tokens below {tokens}, but got something else")
+        return Rows(np.repeat(self._ids[self._next], len(kept)), self._pass(tokens)[kept], True)
+
+    def leave_item(self) -> None:
+        self._next += 1
+        self.item += 1
+
+    def _pass(self, tokens: int) -> IntArray:
+        start, self.length = self.length, self.length + tokens
+        return np.arange(start, self.length, dtype=np.int32)
+
+
+def expand(
+    token_ids: Sequence[int], counts: Sequence[int], media_token_ids: Collection[int]
+) -> NDArray[np.int64]:
+    """The uncompressed prompt, as transformers sees it: each placeholder as often as its item has tokens."""
+    ids = np.asarray(token_ids, np.int64)
+    repeats = np.ones(len(ids), np.int64)
+    repeats[_places(ids, len(counts), media_token_ids)] = counts
+    return np.repeat(ids, repeats)
+
+
+def _places(ids: NDArray[np.int64], items: int, media_token_ids: Collection[int]) -> NDArray[np.intp]:
+    places = np.flatnonzero(np.isin(ids, list(media_token_ids)))
+    if len(places) != items:
+        raise BadRequest(f"Expected {items} media placeholders in the prompt, but got {len(places)}")
+    return places

@@ -7,7 +7,7 @@ numpy.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -15,16 +15,18 @@ from typing import Any
 import numpy as np
 
 from mmserve.errors import ConfigError
-from mmserve.models.layout.base import IntArray, PromptLayout, Survivors, expand, kept_rows
+from mmserve.models.layout.base import IntArray
 
 SIDES = range(384, 2305, 384)
 DEFAULT_PINPOINTS = tuple(product(SIDES, SIDES))
 
 
-def survivors(layout: PromptLayout, kept: Sequence[IntArray | None]) -> Survivors:
-    """Rows that are prefilled: the shortened prompt is numbered anew, as the method papers do here."""
-    order, is_visual = kept_rows(layout, kept)
-    return Survivors(order, np.arange(len(order), dtype=np.int32), is_visual)
+def positions(first: int, rows: int) -> IntArray:
+    """RoPE positions of a run of rows behind `first` others.
+
+    The shortened prompt is numbered anew, as the method papers do here.
+    """
+    return np.arange(first, first + rows, dtype=np.int32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +103,3 @@ class Geometry:
         if shrink > 1.1:
             rows, columns = int(rows // shrink), int(columns // shrink)
         return self.grid**2 + rows * (columns + 1)
-
-
-__all__ = ["Geometry", "PromptLayout", "Survivors", "expand", "survivors"]

@@ -74,6 +74,14 @@ Fps = Annotated[
     float | None,
     typer.Option(help="Sample F frames per second instead.", metavar="F", rich_help_panel=FRAMES),
 ]
+MediaIo = Annotated[
+    str | None,
+    typer.Option(
+        help='More about sampling, as in vLLM: {"video": {"start": 5, "end": 9, "max_pixels": 100000}}.',
+        metavar="JSON",
+        rich_help_panel=FRAMES,
+    ),
+]
 MaxTokens = Annotated[
     int, typer.Option(help="Longest answer.", min=1, max=65536, metavar="TOKENS", rich_help_panel=FRAMES)
 ]
@@ -110,6 +118,7 @@ def ask(
     kv_dtype: KVDtype = "auto",
     num_frames: NumFrames = None,
     fps: Fps = None,
+    media_io_kwargs: MediaIo = None,
     max_tokens: MaxTokens = 64,
     epd: Annotated[
         str | None,
@@ -125,7 +134,7 @@ def ask(
     methods = _methods(
         prune=prune, keep=keep, attention=attention, kv=kv, kv_budget=kv_budget, kv_dtype=kv_dtype
     )
-    options = _options(num_frames, fps)
+    options = _options(num_frames, fps, media_io_kwargs)
     workers = read_epd(epd)
     conversation = asking.messages(inputs[:-1], inputs[-1])
     with _llm(model, methods, options, workers) as llm:
@@ -149,6 +158,7 @@ def batch(
     kv_dtype: KVDtype = "auto",
     num_frames: NumFrames = None,
     fps: Fps = None,
+    media_io_kwargs: MediaIo = None,
     max_tokens: MaxTokens = 64,
     epd: Annotated[str, typer.Option(help="Encode, prefill and decode processes.")] = "1,1,1",
     server: Annotated[str | None, typer.Option(help="Ask a running server instead.", metavar="URL")] = None,
@@ -175,7 +185,7 @@ def batch(
     methods = _methods(
         prune=prune, keep=keep, attention=attention, kv=kv, kv_budget=kv_budget, kv_dtype=kv_dtype
     )
-    options = _options(num_frames, fps)
+    options = _options(num_frames, fps, media_io_kwargs)
     workers = read_epd(epd)
     job = command.Job(
         questions=questions,
@@ -192,8 +202,13 @@ def batch(
     @contextmanager
     def answerer() -> Iterator[Answerer]:
         if server:
-            fields = extensions(methods, options)
-            remote = ServerAnswerer(server, api_key=api_key, extensions=fields, concurrency=concurrency)
+            remote = ServerAnswerer(
+                server,
+                api_key=api_key,
+                options=options,
+                extensions=extensions(methods),
+                concurrency=concurrency,
+            )
             with closing(remote):
                 yield remote
         else:
@@ -333,20 +348,27 @@ def _methods(**given: Unpack[MethodOptions]) -> Methods:
     return _usage(lambda: choose_methods(MethodDefaults(), **given))
 
 
-def _options(num_frames: int | None, fps: float | None) -> MediaOptions:
-    from mmserve.request import MediaOptions
+def _options(num_frames: int | None, fps: float | None, media_io: str | None = None) -> MediaOptions:
+    from mmserve.media.options import media_options
 
     if num_frames is not None and fps is not None:
         raise typer.BadParameter("Expected either --num-frames or --fps, but got both")
     if fps is not None and not 0 < fps <= 1000:
         raise typer.BadParameter(f"Expected --fps above 0 and at most 1000, but got {fps:g}")
-    return MediaOptions(num_frames=num_frames, fps=fps)
+    try:
+        given = json.loads(media_io or "{}")
+    except (ValueError, RecursionError) as error:
+        raise typer.BadParameter("Expected --media-io-kwargs as JSON, but it does not parse") from error
+    sampled = _usage(lambda: media_options(given))
+    # the options of the same name win
+    return media_options({"video": {"num_frames": num_frames, "fps": fps}}, sampled)
 
 
 def _llm(model: str, methods: Methods, options: MediaOptions, epd: tuple[int, int, int] | None) -> LLM:
     import msgspec
 
     from mmserve.llm import LLM
+    from mmserve.media.options import media_io_kwargs
 
     settings: dict[str, Any] = msgspec.to_builtins(methods)
-    return LLM(model, epd=epd, num_frames=options.num_frames, fps=options.fps, **settings)
+    return LLM(model, epd=epd, media_io_kwargs=media_io_kwargs(options), **settings)

@@ -99,6 +99,8 @@ class Limits:
     max_video_bytes: int = 100_000_000
     max_video_fetch_s: float = 30.0
     max_redirects: int = 3
+    # of all requests together: bodies in memory, and as much again of media at rest for them
+    max_media_bytes: int = GiB
     # one image or frame, known from the header before anything is decoded
     min_side: int = 4
     max_side: int = 16_384
@@ -123,6 +125,9 @@ class Limits:
         )
         expected = f"at most limits.max_side ({self.max_side})"
         _require(self.min_side <= self.max_side, "limits.min_side", expected, self.min_side)
+        largest = max(self.max_body_bytes, self.max_image_bytes, self.max_video_bytes)
+        expected = f"at least {largest}, the largest body or media item"
+        _require(self.max_media_bytes >= largest, "limits.max_media_bytes", expected, self.max_media_bytes)
         _require(self.max_tokens <= 65_536, "limits.max_tokens", "at most 65536", self.max_tokens)
 
 
@@ -153,6 +158,7 @@ class CacheSizes:
     """Memory of one worker for what it keeps."""
 
     embedding_cache_bytes: int = 256 * MiB
+    remembered_media_bytes: int = 256 * MiB  # of the API process: files that clients refer to by their uuid
     kv_memory_bytes: int | None = None  # None: 1 GiB on a CPU, what is left on a GPU
     gpu_memory_utilization: float = 0.9  # share of a GPU's memory that a language worker may fill
     embedding_tiers: EmbeddingTiers = field(default_factory=EmbeddingTiers)

@@ -42,6 +42,13 @@ class NotFound(MMServeError):
     code = "not_found"
 
 
+class MediaNotFound(MMServeError):
+    """Media was named that is not remembered here, or not any more: send it again."""
+
+    status = 409
+    code = "media_not_found"
+
+
 class TooLarge(MMServeError):
     status = 413
     code = "too_large"
@@ -103,6 +110,7 @@ ERRORS: dict[str, type[MMServeError]] = {
         Unauthorized,
         Forbidden,
         NotFound,
+        MediaNotFound,
         TooLarge,
         MediaError,
         Overloaded,

@@ -9,18 +9,19 @@ import asyncio
 import contextlib
 import queue
 import weakref
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Any, Self, Unpack
 
 import msgspec
 
 from mmserve.config import CacheSizes, Dtype, MethodDefaults, ServeConfig
 from mmserve.errors import BadRequest
 from mmserve.generation import Deliver, Generation
+from mmserve.media.options import media_options
 from mmserve.methods import MethodOptions, choose_methods
 from mmserve.models.chat import ChatFormat
 from mmserve.models.resolve import resolve
@@ -40,6 +41,7 @@ from mmserve.request import Chunk, MediaOptions, Methods, RequestOutput
 from mmserve.sampling import SamplingParams
 
 Priority = int | Sequence[int]
+MediaIo = Mapping[str, Mapping[str, Any]] | None  # as vLLM's: {"video": {"num_frames": 16}}
 Sampling = SamplingParams | Sequence[SamplingParams] | None
 
 
@@ -58,6 +60,7 @@ class _Offline:
         threads: int | None = None,
         num_frames: int | None = None,
         fps: float | None = None,
+        media_io_kwargs: MediaIo = None,
         seed: int | None = None,
         **methods: Unpack[MethodOptions],
     ) -> None:
@@ -65,10 +68,13 @@ class _Offline:
 
         `epd` is the number of encode, prefill and decode processes; None runs every stage on a thread
         of this process. `kv_memory` is bytes of KV pages per language worker. `num_frames` or `fps`
-        samples videos. `methods` are the command line's: prune, keep, attention, kv, kv_budget, kv_dtype.
+        samples videos; `media_io_kwargs`, here or with a call, says more: {"video": {"num_frames", "fps",
+        "start", "end", "max_pixels", "keyframes"}}. `methods` are the command line's: prune, keep,
+        attention, kv, kv_budget, kv_dtype.
         """
         self.methods = choose_methods(MethodDefaults(), **methods)
-        self.options = MediaOptions(num_frames=num_frames, fps=fps)
+        given = {"video": {"num_frames": num_frames, "fps": fps}}
+        self.options = media_options(given, media_options(media_io_kwargs or {}))
         self._seed = seed
         config = ServeConfig(
             model=str(resolve(model)),
@@ -110,8 +116,10 @@ class _Offline:
         sampling: Sampling,
         methods: Methods | None,
         priority: Priority,
+        media_io: MediaIo,
     ) -> list[Request]:
-        reads = [partial(read_messages, each, options=self.options) for each in conversations(messages)]
+        options = media_options(media_io or {}, self.options)
+        reads = [partial(read_messages, each, options=options) for each in conversations(messages)]
         return self._requests(reads, sampling, methods, priority)
 
     def _prompts(
@@ -120,8 +128,10 @@ class _Offline:
         sampling: Sampling,
         methods: Methods | None,
         priority: Priority,
+        media_io: MediaIo,
     ) -> list[Request]:
-        reads = [partial(read_prompt, each, options=self.options) for each in prompts(given)]
+        options = media_options(media_io or {}, self.options)
+        reads = [partial(read_prompt, each, options=options) for each in prompts(given)]
         return self._requests(reads, sampling, methods, priority)
 
     def _requests(
@@ -185,6 +195,7 @@ class LLM(_Offline):
         sampling_params: Sampling = None,
         *,
         methods: Methods | None = None,
+        media_io_kwargs: MediaIo = None,
         priority: Priority = 0,
         progress: bool = False,
     ) -> list[RequestOutput]:
@@ -192,7 +203,7 @@ class LLM(_Offline):
 
         Requests of a lower `priority` come earlier.
         """
-        requests = self._chats(messages, sampling_params, methods, priority)
+        requests = self._chats(messages, sampling_params, methods, priority, media_io_kwargs)
         with self._submitted(requests, progress=progress) as outputs:
             return outputs.result()
 
@@ -202,6 +213,7 @@ class LLM(_Offline):
         sampling_params: Sampling = None,
         *,
         methods: Methods | None = None,
+        media_io_kwargs: MediaIo = None,
         priority: Priority = 0,
         progress: bool = False,
     ) -> list[RequestOutput]:
@@ -211,7 +223,7 @@ class LLM(_Offline):
         "multi_modal_data": {"image": one or a list, "video": one or a list}, in the order of the
         model's placeholders in the prompt.
         """
-        requests = self._prompts(prompts, sampling_params, methods, priority)
+        requests = self._prompts(prompts, sampling_params, methods, priority, media_io_kwargs)
         with self._submitted(requests, progress=progress) as outputs:
             return outputs.result()
 
@@ -221,11 +233,12 @@ class LLM(_Offline):
         sampling_params: SamplingParams | None = None,
         *,
         methods: Methods | None = None,
+        media_io_kwargs: MediaIo = None,
         priority: int = 0,
     ) -> Generator[Chunk, None, None]:
         """The answer to one conversation as it comes; closing the iterator cancels it."""
         chunks: queue.SimpleQueue[Chunk | None] = queue.SimpleQueue()
-        requests = self._chats(messages, sampling_params, methods, priority)
+        requests = self._chats(messages, sampling_params, methods, priority, media_io_kwargs)
         with self._submitted(requests, on_chunk=chunks.put) as outputs:
             outputs.add_done_callback(lambda _: chunks.put(None))
             while (chunk := chunks.get()) is not None:
@@ -257,11 +270,12 @@ class AsyncLLM(_Offline):
         sampling_params: Sampling = None,
         *,
         methods: Methods | None = None,
+        media_io_kwargs: MediaIo = None,
         priority: Priority = 0,
         progress: bool = False,
     ) -> list[RequestOutput]:
         """As `LLM.chat`."""
-        requests = self._chats(messages, sampling_params, methods, priority)
+        requests = self._chats(messages, sampling_params, methods, priority, media_io_kwargs)
         with self._submitted(requests, progress=progress) as outputs:
             return await asyncio.wrap_future(outputs)
 
@@ -271,11 +285,12 @@ class AsyncLLM(_Offline):
         sampling_params: Sampling = None,
         *,
         methods: Methods | None = None,
+        media_io_kwargs: MediaIo = None,
         priority: Priority = 0,
         progress: bool = False,
     ) -> list[RequestOutput]:
         """As `LLM.generate`."""
-        requests = self._prompts(prompts, sampling_params, methods, priority)
+        requests = self._prompts(prompts, sampling_params, methods, priority, media_io_kwargs)
         with self._submitted(requests, progress=progress) as outputs:
             return await asyncio.wrap_future(outputs)
 
@@ -285,6 +300,7 @@ class AsyncLLM(_Offline):
         sampling_params: SamplingParams | None = None,
         *,
         methods: Methods | None = None,
+        media_io_kwargs: MediaIo = None,
         priority: int = 0,
     ) -> AsyncGenerator[Chunk, None]:
         """As `LLM.stream`; `aclose` the iterator to cancel at once."""
@@ -296,7 +312,7 @@ class AsyncLLM(_Offline):
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(chunks.put_nowait, chunk)
 
-        requests = self._chats(messages, sampling_params, methods, priority)
+        requests = self._chats(messages, sampling_params, methods, priority, media_io_kwargs)
         with self._submitted(requests, on_chunk=put) as outputs:
             outputs.add_done_callback(lambda _: put(None))
             while (chunk := await chunks.get()) is not None:

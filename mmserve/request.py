@@ -43,7 +43,7 @@ class MediaRef(_Data, frozen=True):
 
     `path` is a file a worker may open; `digest` the SHA-256 of its bytes in hex; `source` what
     reports call it (never a full URL with a query). A `.npy` file holds frames taken as sampled,
-    uint8 [T, H, W, 3], at `array_fps`.
+    uint8 [T, H, W, 3], and a `.framelist` pictures that are frames, both at `array_fps`.
     """
 
     modality: Modality

@@ -38,6 +38,7 @@ from mmserve.wire import (
     typed,
 )
 
+LEASE_TTL_S: Final = 86_400.0  # whoever tracks leases releases them; this is for those it forgets
 _MAGIC: Final = b"MMSLEASE"
 _PREAMBLE: Final = struct.Struct("<8s16sIIQII")  # magic, id, version, checksum, size, has crc, crc
 _VERSION: Final = 1

@@ -85,6 +85,16 @@ def test_help_needs_no_heavy_imports() -> None:
     assert result.stdout.strip() == "[]"
 
 
+def test_sampling_of_media_may_be_said_in_json(shell: Shell, clip: Path) -> None:
+    more = '{"video": {"fps": 2, "start": 1, "max_pixels": 100}}'
+    assert shell("ask", clip, "What?", "--media-io-kwargs", more).code == 0
+    assert shell("ask", clip, "What?", "--media-io-kwargs", more, "--num-frames", "4").code == 0
+    assert [made[2] for made in shell.made] == [
+        MediaOptions(fps=2.0, start_s=1.0, max_pixels=100),
+        MediaOptions(num_frames=4, start_s=1.0, max_pixels=100),
+    ]
+
+
 def test_version(shell: Shell) -> None:
     assert shell("--version").out.startswith("mmserve 0.")
 
@@ -110,6 +120,8 @@ def test_the_module_runs_like_the_command() -> None:
         (["ask", "CLIP", "What?", "--fps", "1", "--num-frames", "2"], "got both"),
         (["ask", "CLIP", "What?", "--fps", "0"], "above 0"),
         (["ask", "CLIP", "What?", "--num-frames", "0"], "--num-frames"),
+        (["ask", "CLIP", "What?", "--media-io-kwargs", "{"], "as JSON"),
+        (["ask", "CLIP", "What?", "--media-io-kwargs", '{"video": {"frames": 2}}'], "but got 'frames'"),
         (["ask", "CLIP", "What?", "--epd", "1,1"], "1,1,1"),
         (["ask", "CLIP", "What?", "--epd", "1,0,1"], "1,1,1"),
         (["ask", "CLIP", "What?", "--max-tokens", "99999999"], "--max-tokens"),

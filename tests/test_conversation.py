@@ -58,6 +58,32 @@ def test_media_are_separated_in_order_of_appearance() -> None:
     assert third == MediaPart("video", URL, options)
 
 
+def test_frames_come_as_a_list_of_urls() -> None:
+    (part,) = parse(user({"type": "video", "video": [URL, "data:image/png;base64,AAAA"], "fps": 4})).media
+    assert part == MediaPart("video", (URL, "data:image/png;base64,AAAA"), fps=4.0)
+    array = np.zeros((4, 4, 3), np.uint8)
+    frames = [Path("a.png"), array]
+    (part,) = parse(user({"type": "video", "video": frames}), on_this_host=True).media
+    assert part.content[0] == Path("a.png")
+    assert part.content[1] is array
+
+
+def test_media_sent_before_need_a_name_only() -> None:
+    sent, null, missing, empty, frames = parse(
+        user(
+            {"type": "image_url", "image_url": {"url": URL}, "uuid": "one"},
+            {"type": "image_url", "image_url": None, "uuid": "one"},
+            {"type": "video_url", "uuid": "two"},
+            {"type": "video_url", "video_url": {"url": None}, "uuid": "two"},
+            {"type": "video", "video": None, "uuid": "three"},
+        )
+    ).media
+    assert sent == MediaPart("image", URL, uuid="one")
+    assert null == MediaPart("image", None, uuid="one")
+    assert missing == empty == MediaPart("video", None, uuid="two")
+    assert frames == MediaPart("video", None, uuid="three")
+
+
 def test_options_default_to_those_of_the_model() -> None:
     (part,) = parse(user({"type": "image_url", "image_url": {"url": URL}})).media
     assert part.options == MediaOptions()
@@ -93,8 +119,21 @@ def test_nothing_but_checked_fields_reaches_the_template() -> None:
         (user({"type": "image_url"}), "image_url.url as a URL, but got nothing"),
         (user({"type": "image_url", "image_url": {"url": ""}}), "as a URL"),
         (user({"type": "image_url", "image_url": {"url": 5}}), "but got int"),
-        (user({"type": "image", "image": "/etc/passwd"}), "type as one of text, image_url, video_url, but"),
-        (user({"type": "video", "video": "/etc/passwd"}), "type as one of"),
+        (user({"type": "image", "image": "/etc/passwd"}), "as one of text, image_url, video_url, video,"),
+        (user({"type": "video", "video": "/etc/passwd"}), "video as a list of image URLs, the frames, but"),
+        (user({"type": "video"}), "but got nothing"),
+        (user({"type": "video", "video": []}), "a list of 1 to 2048 frames, but got 0"),
+        (user({"type": "video", "video": [URL] * 2049}), "but got 2049"),
+        (user({"type": "video", "video": [URL, 5]}), r"video\[1\] as the URL of an image, but got int"),
+        (user({"type": "video", "video": [URL, ""]}), r"video\[1\] as the URL of an image, but got str"),
+        (user({"type": "video", "video": [[URL]]}), r"video\[0\] as the URL of an image, but got list"),
+        (user({"type": "video", "video": [URL], "fps": 0}), r"content\[0\].fps above 0 and at most 1000"),
+        (user({"type": "video", "video": [URL], "fps": "2"}), "but got '2'"),
+        (user({"type": "video", "video": [URL], "fps": True}), "but got True"),
+        (user({"type": "image_url", "image_url": URL, "uuid": 5}), "uuid as text of 1 to 512 characters"),
+        (user({"type": "image_url", "uuid": ""}), "uuid as text of 1 to 512 characters"),
+        (user({"type": "image_url", "uuid": "x" * 513}), "uuid as text of 1 to 512 characters"),
+        (user({"type": "image_url", "uuid": "\ud83d"}), "uuid as Unicode text"),
         ([{"role": "user", "content": "half \ud83d"}], r"messages\[0\].content as Unicode text"),
         (user({"type": "text", "text": "\udc00"}), r"content\[0\].text as Unicode text"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from mmserve import messages as m
-from mmserve.errors import BadRequest, MediaError, MMServeError
+from mmserve.errors import BadRequest, MediaError, MediaNotFound, MMServeError
 from mmserve.llm import LLM
 from mmserve.offline import submission
 from mmserve.request import Chunk, FinishReason, Methods, RequestOutput
@@ -196,8 +197,11 @@ def test_arrays_are_forgotten_with_the_last_request_that_shows_them(llm: LLM, to
         ({"type": "image", "image": "/nowhere/at/all.png"}, MMServeError),
         ({"type": "image", "image": np.zeros((4, 4), np.uint8)}, BadRequest),
         ({"type": "video", "video": np.zeros((2, 4, 4, 3), np.uint8)}, BadRequest),
+        ({"type": "video", "video": np.zeros((2, 4, 4, 3), np.uint8), "fps": "2"}, BadRequest),
+        ({"type": "image", "image": object()}, BadRequest),
+        ({"type": "image", "uuid": "never sent"}, MediaNotFound),
         # not one of our errors: the caller's own mistake in Python
-        ({"type": "video", "video": np.zeros((2, 4, 4, 3), np.uint8), "fps": "2"}, TypeError),
+        ({"type": "image", "image": SimpleNamespace(convert=5)}, TypeError),
     ],
 )
 def test_media_that_cannot_be_had_end_their_request(

@@ -17,7 +17,8 @@ import httpx
 import msgspec
 
 from mmserve.batch.questions import Question, is_url, media_type
-from mmserve.errors import BadRequest, MMServeError, Unavailable, from_code
+from mmserve.errors import MMServeError, Unavailable, from_code
+from mmserve.media.options import media_io_kwargs, media_options
 from mmserve.request import Chunk, MediaOptions, Methods, RequestOutput
 from mmserve.sampling import SamplingParams
 
@@ -77,15 +78,21 @@ class LocalAnswerer:
                 done(Answer(error=news))
 
         try:
-            options = self._options
-            if question.span is not None:
-                start_s, end_s = question.span
-                options = msgspec.structs.replace(options, start_s=start_s, end_s=end_s)
+            options = sampled(question, self._options)
             self._llm.submit(
                 question.messages, question.sampling, methods=self._methods, options=options, deliver=deliver
             )
         except MMServeError as error:
             done(Answer(error=error))
+
+
+def sampled(question: Question, default: MediaOptions) -> MediaOptions:
+    """How the media of a question are sampled: what its row says comes before what holds for all."""
+    options = media_options(question.media_io, default)
+    if question.span is not None:
+        start_s, end_s = question.span
+        options = msgspec.structs.replace(options, start_s=start_s, end_s=end_s)
+    return options
 
 
 def _completed(output: RequestOutput) -> Answer:
@@ -108,6 +115,7 @@ class ServerAnswerer:
         *,
         api_key: str | None = None,
         model: str | None = None,
+        options: MediaOptions | None = None,
         extensions: Json | None = None,
         concurrency: int = 16,
         timeout_s: float = 600.0,
@@ -125,6 +133,7 @@ class ServerAnswerer:
             self._model = model or self._served_model()
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
             raise Unavailable(f"Expected a server at {url}, but there is none that answers") from error
+        self._options = options or MediaOptions()
         self._extensions = extensions or {}
         self._sleep = sleep
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="mmserve-batch")
@@ -174,9 +183,9 @@ class ServerAnswerer:
         )
 
     def _body(self, question: Question) -> Json:
-        if question.span is not None:
-            raise BadRequest("Expected no start or end with a server, which takes whole files")
         body = dict(question.body or {})
+        if sampling_of_media := media_io_kwargs(sampled(question, self._options)):
+            body["media_io_kwargs"] = sampling_of_media
         sampling = question.sampling
         if question.body is None:
             body |= {"max_tokens": sampling.max_tokens, "temperature": sampling.temperature}
@@ -184,10 +193,9 @@ class ServerAnswerer:
         return {**body, "model": self._model, "messages": messages, "stream": False, **self._extensions}
 
 
-def extensions(methods: Methods, options: MediaOptions) -> Json:
-    """Body fields beyond OpenAI's: what differs from the defaults, and that counts and times are wanted."""
-    given = {**msgspec.to_builtins(methods), **msgspec.to_builtins(options)}
-    defaults = {**msgspec.to_builtins(Methods()), **msgspec.to_builtins(MediaOptions())}
+def extensions(methods: Methods) -> Json:
+    """The field `mmserve`: methods other than the defaults, and that counts and times are wanted."""
+    given, defaults = msgspec.to_builtins(methods), msgspec.to_builtins(Methods())
     changed = {name: value for name, value in given.items() if value != defaults[name]}
     return {"mmserve": {"report": True, **changed}}
 
@@ -204,10 +212,18 @@ def _portable(part: Json) -> Json:
     if kind not in ("image", "video"):
         return part
     source = part[kind]
-    if not is_url(source):
-        data = base64.b64encode(Path(source).read_bytes()).decode("ascii")
-        source = f"data:{media_type(source)};base64,{data}"
-    return {"type": f"{kind}_url", f"{kind}_url": {"url": source}}
+    if isinstance(source, list):
+        return {**part, kind: [_portable_url(frame) for frame in source]}
+    named: Json = {name: part[name] for name in ("uuid", "fps") if name in part}
+    url = None if source is None else _portable_url(source)
+    return {"type": f"{kind}_url", f"{kind}_url": {"url": url}, **named}
+
+
+def _portable_url(source: str) -> str:
+    if is_url(source):
+        return source
+    data = base64.b64encode(Path(source).read_bytes()).decode("ascii")
+    return f"data:{media_type(source)};base64,{data}"
 
 
 def _wait_s(response: httpx.Response, attempt: int) -> float:

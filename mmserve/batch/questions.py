@@ -17,24 +17,29 @@ from urllib.parse import urlsplit
 from mmserve.batch.score import LETTERS, choice_prompt, chosen, without_labels
 from mmserve.conversation import parse
 from mmserve.errors import BadRequest, MMServeError, NotFound
+from mmserve.media.options import media_options
 from mmserve.request import Modality
 from mmserve.sampling import SamplingParams
 
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif"))
+STILL_SUFFIXES = frozenset((".jpg", ".jpeg", ".png"))
+IMAGE_SUFFIXES = STILL_SUFFIXES | {".webp", ".gif"}
 OPENAI_URL = "/v1/chat/completions"
 MAX_LINE_BYTES = 64 << 20  # a line may carry media as a data URL
 ROW_KEYS = frozenset(
     ("id", "video", "image", "media", "question", "options", "answer", "start", "end", "meta")
 )
 # body fields that change nothing here; all others must be known
-_IGNORED = frozenset(("messages", "model", "user", "metadata", "store", "service_tier", "safety_identifier"))
+_IGNORED = frozenset(
+    ("messages", "model", "user", "metadata", "store", "service_tier", "safety_identifier", "media_io_kwargs")
+)
 
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """One row. `media` are absolute paths or URLs; `span` is the part of the video in seconds.
+    """One row. `media` are absolute paths or URLs; `span` is the part of the video in seconds, `media_io` how
+    an OpenAI line wants its media sampled.
 
     `body` is an OpenAI line's, with its media paths made absolute, and None for own rows.
     """
@@ -48,6 +53,7 @@ class Question:
     options: tuple[str, ...] = ()
     answer: str | None = None
     span: tuple[float, float | None] | None = None
+    media_io: Json = field(default_factory=dict)
     meta: Json = field(default_factory=dict)
     body: Json | None = None
     problem: MMServeError | None = None
@@ -163,11 +169,15 @@ def _own_media(row: Json) -> list[Json]:
         raise BadRequest(f"Expected one of video, image and media, but got {', '.join(given) or 'none'}")
     key = given[0]
     items = row[key] if isinstance(row[key], list) else [row[key]]
+    if key == "video" and items and all(isinstance(item, str) and _is_still(item) for item in items):
+        items = [items]
     parts: list[Json] = []
     for item in items:
         if isinstance(item, str) and item:
             modality: Modality | None = "video" if key == "video" else "image" if key == "image" else None
             parts.append(media_part(item, modality))
+        elif key == "video" and isinstance(item, list):
+            parts.append({"type": "video", "video": item})
         elif key == "media" and isinstance(item, dict):
             parts.append(item)
         else:
@@ -220,6 +230,8 @@ def _read_openai(row: Json, question_id: str, number: int, root: Path, sampling:
     if isinstance(messages, list):
         messages = [_located_message(message, root) for message in messages]
     media = _checked_media(messages)
+    media_io = body.get("media_io_kwargs") or {}
+    media_options(media_io)
     return Question(
         question_id=question_id,
         line=number,
@@ -227,6 +239,7 @@ def _read_openai(row: Json, question_id: str, number: int, root: Path, sampling:
         messages=tuple(messages or ()),
         media=media,
         sampling=_sampling(body, sampling),
+        media_io=media_io,
         body={**body, "messages": messages},
     )
 
@@ -271,15 +284,30 @@ def _located(part: Any, root: Path) -> Any:  # noqa: ANN401  # whatever it is, `
         return part
     value = part.get(kind)
     source = value.get("url") if isinstance(value, Mapping) else value
+    if isinstance(source, list):
+        return {**part, kind: [_absolute(frame, root) for frame in source]}
     if not isinstance(source, str) or not source or is_url(source):
         return part
     modality: Modality = "image" if kind.startswith("image") else "video"
-    return media_part(str(root / source), modality)
+    named: Json = {name: part[name] for name in ("uuid", "fps") if name in part}
+    return {**media_part(str(root / source), modality), **named}
+
+
+def _absolute(source: object, root: Path) -> object:
+    is_path = isinstance(source, str) and source and not is_url(source)
+    return str(root / str(source)) if is_path else source
+
+
+def _is_still(source: str) -> bool:
+    """Whether it can be nothing but a picture: GIF and WebP may move."""
+    return Path(urlsplit(source).path if is_url(source) else source).suffix.lower() in STILL_SUFFIXES
 
 
 def _checked_media(messages: Any) -> tuple[str, ...]:  # noqa: ANN401
     """Sources of all media; raises when the conversation is malformed or a file is not there."""
-    sources = tuple(str(part.content) for part in parse(messages, on_this_host=True).media)
+    contents = [part.content for part in parse(messages, on_this_host=True).media]
+    each = [content if isinstance(content, tuple) else (content,) for content in contents]
+    sources = tuple(str(source) for some in each for source in some if source is not None)
     for source in sources:
         if not is_url(source) and not Path(source).is_file():
             raise NotFound(f"Expected a media file, but there is none at {source}")

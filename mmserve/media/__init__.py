@@ -1,4 +1,5 @@
 """Fetching, planning and decoding of images and video. Submodules are imported directly.
 
-`fetch`, `limits`, `plan` and `digest` import no torch, PIL or av; `preprocess` alone imports torch.
+`intake` and what it needs, `limits`, `plan` and `digest` import no torch, PIL or av; `preprocess` alone
+imports torch.
 """

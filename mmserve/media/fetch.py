@@ -6,26 +6,24 @@ Knows nothing about decoding. Imports no torch, PIL or av; it runs in the API pr
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
-import os
 import re
 import socket
 import ssl
-import stat
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 from urllib.parse import unquote
 
 import httpx
 
-from mmserve.errors import BadRequest, Forbidden, MediaError, NotFound, TooLarge
+from mmserve.errors import BadRequest, Forbidden, MediaError, MMServeError, TooLarge
 from mmserve.media.addresses import is_public
-from mmserve.media.digest import file_digest
+from mmserve.media.data_url import modality_of, read_data_url
+from mmserve.media.framelist import SUFFIX, check_count, frames_media, save_pictures
 from mmserve.media.limits import MediaLimits
+from mmserve.media.local import file_url_path, local_media, open_under, sniff
 from mmserve.media.store import ContentStore, StoredFile
 from mmserve.request import MediaOptions, MediaRef, Modality
 
@@ -33,10 +31,10 @@ Resolver = Callable[[str, int], Awaitable[list[str]]]
 
 _MAX_URL_CHARS = 8_192
 _READ_BYTES = 1 << 16
+_FRAMES_AT_ONCE = 8
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _USERINFO = re.compile(r"[^:/?#]*:?/*[^/?#]*@")
 _URL = re.compile(r"(https?|data|file):", re.IGNORECASE)
-_DATA_URL = re.compile(r"data:(image|video)/([a-z0-9.+-]{1,64});base64,", re.IGNORECASE)
 # white space and control characters, and the backslash that parsers read in different ways
 _NEVER_IN_URLS = re.compile(r"[\x00-\x20\x7f-\xa0\\\u2028\u2029\ufeff]")
 _HEADERS = {
@@ -71,8 +69,9 @@ async def resolve(host: str, port: int) -> list[str]:
 class Fetcher:
     """Fetches media into `directory`, where a file is named by the SHA-256 of its content.
 
-    Each `fetch` holds its file until `release`. The name in a URL is resolved once per hop, every
-    answer must be public, and the connection goes to the address that was checked.
+    Each `fetch` holds its file until `release`; all that is held or on its way has `max_held_bytes`
+    together, then comes Overloaded. The name in a URL is resolved once per hop, every answer must be
+    public, and the connection goes to the address that was checked.
     """
 
     def __init__(
@@ -81,26 +80,38 @@ class Fetcher:
         limits: MediaLimits | None = None,
         directory: str | Path = ".",
         *,
+        max_held_bytes: int | None = None,
         resolver: Resolver = resolve,
         transport: httpx.AsyncBaseTransport | None = None,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self._policy = policy or FetchPolicy()
-        self._limits = limits or MediaLimits()
-        self._store = ContentStore(directory)
+        self.limits = limits or MediaLimits()
+        self.store = ContentStore(directory, max_held_bytes)
         self._resolver = resolver
         self._transport = transport
         self._tls = tls
 
-    async def fetch(self, url: str, modality: Modality, options: MediaOptions | None = None) -> MediaRef:
-        """Bring what a URL names onto this host, or raise what is wrong with it."""
+    async def fetch(
+        self,
+        url: str,
+        modality: Modality,
+        options: MediaOptions | None = None,
+        fps: float | None = None,
+    ) -> MediaRef:
+        """Bring what a URL names onto this host, or raise what is wrong with it.
+
+        `fps` is the rate of a URL that holds frames one by one.
+        """
         scheme = url[:6].lower()
         if scheme.startswith("data:"):
-            stored, source = await self._in_thread(self._store_data, url, modality)
+            stored, source = await self._in_thread(lambda: self._store_data(url, modality))
         elif scheme.startswith("file:"):
-            stored, source = await self._in_thread(self._store_file, url, modality)
+            stored, source = await self._in_thread(lambda: self._store_file(url, modality))
         else:
             stored, source = await self._download(url, modality)
+        if stored.path.suffix == SUFFIX:
+            return frames_media(stored, source, options, fps)
         return MediaRef(
             modality=modality,
             path=str(stored.path),
@@ -109,11 +120,52 @@ class Fetcher:
             options=options or MediaOptions(),
         )
 
-    async def _in_thread(
-        self, store: Callable[[str, Modality], tuple[StoredFile, str]], url: str, modality: Modality
-    ) -> tuple[StoredFile, str]:
+    async def fetch_frames(
+        self, urls: Sequence[str], options: MediaOptions | None = None, fps: float | None = None
+    ) -> MediaRef:
+        """Images as the frames of one video, fetched a few at a time within the limits of one video."""
+        check_count(len(urls), self.limits)
+        async with self._timed("video"), self._pictures(urls) as paths:
+            stored, _ = await self._in_thread(
+                lambda: (save_pictures(paths, self.store, self.limits), "frames")
+            )
+        return frames_media(stored, "frames", options, fps)
+
+    @asynccontextmanager
+    async def _pictures(self, urls: Sequence[str]) -> AsyncIterator[list[Path]]:
+        """The files of images in their order, held as long as the context lasts."""
+        gate = asyncio.Semaphore(_FRAMES_AT_ONCE)
+        found: dict[int, MediaRef] = {}
+        received = 0
+
+        async def one(number: int, url: str) -> None:
+            nonlocal received
+            async with gate:
+                try:
+                    found[number] = await self.fetch(url, "image")
+                except MMServeError as error:
+                    raise type(error)(f"Frame {number} of the video: {error.public_message}") from error
+            received += self.store.size(found[number].path)
+            if received > self.limits.max_video_bytes:
+                raise TooLarge(
+                    f"Expected at most {self.limits.max_video_bytes} bytes of frames, but got more"
+                )
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for number, url in enumerate(urls):
+                    group.create_task(one(number, url))
+            yield [Path(found[number].path) for number in range(len(urls))]
+        except ExceptionGroup as errors:
+            # all but the first were cancelled, or came in the same moment
+            raise errors.exceptions[0] from errors
+        finally:
+            for ref in found.values():
+                self.release(ref)
+
+    async def _in_thread(self, store: Callable[[], tuple[StoredFile, str]]) -> tuple[StoredFile, str]:
         """Run in a thread; when the caller is cancelled meanwhile, what was stored is let go of."""
-        task = asyncio.ensure_future(asyncio.to_thread(store, url, modality))
+        task = asyncio.ensure_future(asyncio.to_thread(store))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -122,7 +174,7 @@ class Fetcher:
 
     def _abandon(self, task: asyncio.Future[tuple[StoredFile, str]]) -> None:
         if not task.cancelled() and task.exception() is None:
-            self._store.release(task.result()[0].path)
+            self.store.release(task.result()[0].path)
 
     def local(
         self, path: str | Path, modality: Modality | None = None, options: MediaOptions | None = None
@@ -132,65 +184,67 @@ class Fetcher:
 
     def release(self, ref: MediaRef) -> None:
         """Let go of a fetched file; the last holder's release deletes it."""
-        self._store.release(ref.path)
+        self.store.release(ref.path)
 
     def resolve(
-        self, source: str, modality: Modality | None = None, options: MediaOptions | None = None
+        self,
+        source: str,
+        modality: Modality | None = None,
+        options: MediaOptions | None = None,
+        fps: float | None = None,
     ) -> MediaRef:
         """A URL or a bare path, for local users without an event loop: `file:` URLs name their own files."""
         if source[:5].lower() == "file:" and self._policy.file_root is None:
-            return local_media(unquote(_file_path(source)), modality, options)
+            return local_media(unquote(file_url_path(source)), modality, options)
         if _URL.match(source) is None:
             return local_media(source, modality, options)
+        wanted = self.fetch(source, modality or _guess(source), options, fps)
         # a thread of its own, because this one may already run an event loop (a notebook)
         with ThreadPoolExecutor(max_workers=1) as pool:
-            return pool.submit(asyncio.run, self.fetch(source, modality or _guess(source), options)).result()
+            return pool.submit(asyncio.run, wanted).result()
 
     def _store_data(self, url: str, modality: Modality) -> tuple[StoredFile, str]:
-        match = _DATA_URL.match(url)
-        if match is None:
-            raise BadRequest(
-                "Expected a data: URL of the form data:image/png;base64,..., but got another form"
-            )
-        kind, subtype = match[1].lower(), match[2].lower()
-        if kind != modality:
-            raise BadRequest(f"Expected a data: URL of type {modality}, but got {kind}")
-        max_bytes = self._limits.max_bytes(modality)
-        encoded = len(url) - match.end()
-        if encoded > (max_bytes + 2) // 3 * 4:
-            raise TooLarge(f"Expected at most {max_bytes} bytes of media, but got about {encoded * 3 // 4}")
-        try:
-            data = base64.b64decode(url[match.end() :].encode("ascii"), validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise BadRequest("Expected base64 in the data: URL, but got something else") from error
-        with self._store.incoming(max_bytes) as file:
+        read = read_data_url(url, modality, self.limits)
+        if read.is_list:
+            return save_pictures(read.pieces, self.store, self.limits), read.source
+        (data,) = read.pieces
+        with self.store.incoming(self.limits.max_bytes(modality), expected=len(data)) as file:
             file.write(data)
-            return file.finish(), f"data:{kind}/{subtype}"
+            return file.finish(), read.source
 
     def _store_file(self, url: str, modality: Modality) -> tuple[StoredFile, str]:
         root = self._policy.file_root
         if root is None:
             raise Forbidden("file: URLs are not allowed here")
-        quoted = _file_path(url)
-        max_bytes = self._limits.max_bytes(modality)
-        with _open_under(root, unquote(quoted)) as source, self._store.incoming(max_bytes) as file:
+        quoted = file_url_path(url)
+        max_bytes = self.limits.max_bytes(modality)
+        with (
+            open_under(root, unquote(quoted)) as source,
+            self.store.incoming(max_bytes) as file,
+        ):
             while part := source.read(_READ_BYTES):
                 file.write(part)
             return file.finish(), f"file://{quoted}"
 
     async def _download(self, url: str, modality: Modality) -> tuple[StoredFile, str]:
-        timeout_s = self._limits.max_fetch_s(modality)
         try:
-            async with asyncio.timeout(timeout_s):
+            async with self._timed(modality):
                 parsed = self._parse(url)
                 stored = await self._follow(parsed, modality)
                 return stored, f"{parsed.scheme}://{parsed.netloc.decode()}{parsed.path}"
-        except TimeoutError as error:
-            raise MediaError(
-                f"Expected the media to arrive within {timeout_s:g} s, but it took longer"
-            ) from error
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError) as error:
             raise MediaError("The media could not be fetched from its host") from error
+
+    @asynccontextmanager
+    async def _timed(self, modality: Modality) -> AsyncIterator[None]:
+        limit_s = self.limits.max_fetch_s(modality)
+        try:
+            async with asyncio.timeout(limit_s):
+                yield
+        except TimeoutError as error:
+            raise MediaError(
+                f"Expected the media to arrive within {limit_s:g} s, but it took longer"
+            ) from error
 
     async def _follow(self, url: httpx.URL, modality: Modality) -> StoredFile:
         for _ in range(self._policy.max_redirects + 1):
@@ -276,90 +330,17 @@ class Fetcher:
             raise MediaError(f"Expected status 200 from the media's host, but got {response.status_code}")
         if response.headers.get("content-encoding", "identity").lower() != "identity":
             raise MediaError("Expected media without content encoding, but got it compressed")
-        max_bytes = self._limits.max_bytes(modality)
+        max_bytes = self.limits.max_bytes(modality)
         promised = response.headers.get("content-length", "")
         if promised.isascii() and promised.isdigit() and (len(promised) > 18 or int(promised) > max_bytes):
             raise TooLarge(f"Expected at most {max_bytes} bytes of media, but the host announces more")
-        with self._store.incoming(max_bytes) as file:
+        known = int(promised) if promised.isascii() and promised.isdigit() else 0
+        with self.store.incoming(max_bytes, expected=known) as file:
             async for part in response.aiter_raw(_READ_BYTES):
                 file.write(part)
             return file.finish()
 
 
-def local_media(
-    path: str | Path, modality: Modality | None = None, options: MediaOptions | None = None
-) -> MediaRef:
-    """Refer to a file by its path, for the user whose process this is; image or video by its first bytes."""
-    try:
-        found = Path(path).expanduser().resolve(strict=True)
-        if not found.is_file():
-            raise BadRequest(f"Expected a media file, but {path} is something else")
-        with open(found, "rb") as file:
-            head = file.read(512)
-        digest = file_digest(found)
-    except FileNotFoundError as error:
-        raise NotFound(f"There is no file {path}") from error
-    except (OSError, RuntimeError, ValueError) as error:
-        raise BadRequest(f"The file {path} cannot be read") from error
-    return MediaRef(
-        modality=modality or sniff(head, found.suffix),
-        path=str(found),
-        digest=digest,
-        source=str(path),
-        options=options or MediaOptions(),
-    )
-
-
-def _file_path(url: str) -> str:
-    """The path of a file: URL, still quoted."""
-    match = re.fullmatch(r"file:(?://(?:localhost)?)?(/(?!/)[^?#]*)", url, re.IGNORECASE | re.DOTALL)
-    if match is None or "\x00" in unquote(match[1]):
-        raise BadRequest("Expected a file: URL of the form file:///absolute/path, but got another form")
-    return match[1]
-
-
-def _open_under(root: Path, path: str) -> BinaryIO:
-    """Open a regular file under `root`; what was opened is judged, not what the path named before."""
-    refused = Forbidden("The file: URL does not name a file under the allowed root")
-    try:
-        inside = root.resolve(strict=True)
-        fd = os.open(
-            Path(path).resolve(strict=True), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise refused from error
-    opened = Path(os.readlink(f"/proc/self/fd/{fd}"))
-    if not opened.is_relative_to(inside) or not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise refused
-    return os.fdopen(fd, "rb")
-
-
 def _guess(url: str) -> Modality:
     """Image or video, by the type in a data: URL, else by the end of the path."""
-    match = _DATA_URL.match(url)
-    if match is not None:
-        return "video" if match[1].lower() == "video" else "image"
-    return sniff(b"", Path(url.split("?")[0].split("#")[0]).suffix)
-
-
-_IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif"})
-_VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".ts", ".mts", ".m2ts", ".avi", ".3gp"})
-
-
-def sniff(head: bytes, suffix: str = "") -> Modality:
-    """Image or video, by the first bytes of a file, else by its name."""
-    if head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")):
-        return "image"
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return "image"
-    is_riff_video = head[:4] == b"RIFF" and head[8:12] == b"AVI "
-    is_transport = head[:1] == b"\x47" and head[188:189] == b"\x47" and head[376:377] == b"\x47"
-    is_mp4 = head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
-    if is_riff_video or is_transport or is_mp4 or head.startswith(b"\x1a\x45\xdf\xa3"):
-        return "video"
-    if suffix.lower() in _IMAGE_SUFFIXES:
-        return "image"
-    if suffix.lower() in _VIDEO_SUFFIXES:
-        return "video"
-    raise MediaError("Expected an image (JPEG, PNG, WebP, GIF) or a video (MP4, Matroska, TS, AVI)")
+    return modality_of(url) or sniff(b"", Path(url.split("?")[0].split("#")[0]).suffix)

@@ -5,10 +5,12 @@ Runs inside the decoding sandbox. Knows nothing about processes or models.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -34,12 +36,13 @@ _UNDO = {
 _SIDEWAYS = 5  # orientations from here on swap width and height
 
 
+class UnreadableImage(MediaError):
+    """Not an image, or a damaged one; limits are not concerned."""
+
+
 def plan_image(path: str | Path, limits: MediaLimits) -> MediaPlan:
     """Read the header only. An animation counts as its first frame."""
-    with _opened(path, limits) as image:
-        width, height = image.size
-        if _orientation(image) >= _SIDEWAYS:
-            width, height = height, width
+    width, height = image_size(path, limits)
     return MediaPlan(
         kind="image",
         width=width,
@@ -49,28 +52,59 @@ def plan_image(path: str | Path, limits: MediaLimits) -> MediaPlan:
         times_s=(0.0,),
         frame_indices=(0,),
         total_frames=1,
-        decoder=f"pillow {PIL.__version__}",
+        decoder=describe(),
     )
 
 
-def decode_image(path: str | Path, limits: MediaLimits) -> npt.NDArray[np.uint8]:
+def describe() -> str:
+    """What decides about pixels."""
+    return f"pillow {PIL.__version__}"
+
+
+def image_size(source: str | Path | BinaryIO, limits: MediaLimits) -> tuple[int, int]:
+    """Upright width and height, by the header only."""
+    with opened(source, limits) as image:
+        width, height = image.size
+        return (height, width) if _orientation(image) >= _SIDEWAYS else (width, height)
+
+
+def decode_image(source: str | Path | BinaryIO, limits: MediaLimits) -> npt.NDArray[np.uint8]:
     """Upright RGB [H, W, 3]; transparency is laid over white."""
-    with _opened(path, limits) as image:
-        orientation = _orientation(image)
-        rgb = _to_rgb(image)
-        if orientation in _UNDO:
-            rgb = rgb.transpose(_UNDO[orientation])
-        return np.array(rgb, dtype=np.uint8)
+    with opened(source, limits) as image:
+        return upright_pixels(image)
+
+
+def upright_pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """The frame that an opened image stands at."""
+    orientation = _orientation(image)
+    rgb = _to_rgb(image)
+    if orientation in _UNDO:
+        rgb = rgb.transpose(_UNDO[orientation])
+    return np.array(rgb, dtype=np.uint8)
+
+
+def within(width: int, height: int, max_pixels: int | None) -> tuple[int, int]:
+    """A frame's size: its own, or the largest of the same shape within `max_pixels`."""
+    if max_pixels is None or width * height <= max_pixels:
+        return width, height
+    scale = math.sqrt(max_pixels / (width * height))
+    return max(1, math.floor(width * scale)), max(1, math.floor(height * scale))
+
+
+def resized(pixels: npt.NDArray[np.uint8], width: int, height: int) -> npt.NDArray[np.uint8]:
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
 
 
 @contextmanager
-def _opened(path: str | Path, limits: MediaLimits) -> Iterator[Image.Image]:
+def opened(source: str | Path | BinaryIO, limits: MediaLimits) -> Iterator[Image.Image]:
     """The image with its header checked. Whatever the library says, only our own words leave."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_FORMATS) as image:
+            with Image.open(source, formats=_FORMATS) as image:
                 limits.check_size(*image.size)
                 yield image
     except MMServeError:
@@ -83,7 +117,7 @@ def _opened(path: str | Path, limits: MediaLimits) -> Iterator[Image.Image]:
         raise MediaError("The image needs more memory than one item may use") from error
     # damaged files make the library raise almost anything: OSError, SyntaxError, struct.error, ...
     except Exception as error:
-        raise MediaError(_UNREADABLE) from error
+        raise UnreadableImage(_UNREADABLE) from error
 
 
 def _orientation(image: Image.Image) -> int:

@@ -20,7 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mmserve.errors import MediaError, MMServeError, Unavailable, WireError
-from mmserve.media import backends, confine
+from mmserve.media import backends, confine, framelist
+from mmserve.media.animation import AnimationReader, is_webp, plan_animation
+from mmserve.media.frames import FramesReader, plan_frames
 from mmserve.media.image import decode_image, plan_image
 from mmserve.media.limits import MediaLimits
 from mmserve.media.plan import MediaPlan
@@ -99,6 +101,10 @@ class Decoder:
     def _plan(self, job: PlanMedia) -> MediaPlan:
         if job.ref.modality == "image":
             return plan_image(job.ref.path, self._limits)
+        if job.ref.path.endswith(framelist.SUFFIX):
+            return plan_frames(job.ref, self._limits)
+        if is_webp(job.ref.path):
+            return plan_animation(job.ref.path, job.ref.options, self._limits)
         return plan_video(job.ref.path, job.ref.options, self._limits)
 
     def _decode(self, job: DecodeMedia) -> MediaDecoded:
@@ -128,16 +134,16 @@ class Decoder:
             if pixels.shape != (job.plan.height, job.plan.width, 3):
                 raise MediaError("The image changed between planning and decoding")
             yield 0, pixels
-        elif job.plan.kind == "video" and job.plan.video is not None:
-            yield from self._reader(job).read(wanted)
+        elif job.plan.kind == "array":
+            raise WireError("Expected media to decode, but got an array")
         else:
-            raise WireError("Expected an image or a video to decode")
+            yield from self._reader(job).read(wanted)
 
     def _reader(self, job: DecodeMedia) -> backends.FrameReader:
         key = (job.ref.path, job.plan)
         reader = self._readers.get(key)
         if reader is None:
-            reader = backends.open_reader(job.ref.path, job.plan, self._limits)
+            reader = _open(job.ref.path, job.plan, self._limits)
             self._readers[key] = reader
             if len(self._readers) > _OPEN_READERS:
                 self._readers.popitem(last=False)[1].close()
@@ -147,6 +153,14 @@ class Decoder:
     def _forget_readers(self) -> None:
         while self._readers:
             self._readers.popitem()[1].close()
+
+
+def _open(path: str, plan: MediaPlan, limits: MediaLimits) -> backends.FrameReader:
+    if plan.kind == "frames":
+        return FramesReader(path, plan, limits)
+    if plan.kind == "animation":
+        return AnimationReader(path, plan, limits)
+    return backends.open_reader(path, plan, limits)
 
 
 class _FrameFile:

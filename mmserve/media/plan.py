@@ -1,6 +1,6 @@
 """Which frames of an item will be used, and when they are shown. Pure data and arithmetic.
 
-Knows nothing about containers or codecs: `video`, `image` and `arrays` make these plans.
+Knows nothing about containers or codecs: `video`, `image`, `arrays`, `frames` and `animation` make these.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class MediaPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     `decoder` names what turns the bytes into pixels, for the keys of caches.
     """
 
-    kind: Literal["image", "video", "array"]
+    kind: Literal["image", "video", "array", "frames", "animation"]
     width: int
     height: int
     duration_s: float

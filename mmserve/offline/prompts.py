@@ -5,12 +5,13 @@ Knows nothing about fetching, and nothing about requests once they run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeGuard, cast
 
-from mmserve.conversation import MediaPart, parse
+from mmserve.conversation import MediaPart, checked_fps, checked_uuid, parse
 from mmserve.errors import BadRequest
+from mmserve.media.framelist import DEFAULT_FPS
 from mmserve.models.chat import ChatFormat
 from mmserve.request import MediaOptions, Modality
 
@@ -18,9 +19,7 @@ Messages: TypeAlias = Sequence[Mapping[str, Any]]
 # text, {"prompt": text} or {"prompt_token_ids": ids}; the last two with "multi_modal_data" or without
 PromptInput: TypeAlias = str | Mapping[str, Any]
 
-# of frames that come as a bare array, which only reports and models with a sense of time notice
-ARRAY_FPS = 2.0
-_FIELDS = ("prompt", "prompt_token_ids", "multi_modal_data")
+_FIELDS = ("prompt", "prompt_token_ids", "multi_modal_data", "multi_modal_uuids")
 
 
 class Inputs(NamedTuple):
@@ -60,7 +59,8 @@ def read_prompt(prompt: PromptInput, chat: ChatFormat, options: MediaOptions) ->
     token_ids = _token_ids(ids, chat) if text is None else _tokenized(text, chat)
     if not token_ids:
         raise BadRequest("Expected a prompt of at least one token, but it is empty")
-    return Inputs(token_ids, _placed(token_ids, fields.get("multi_modal_data") or {}, chat, options))
+    data, uuids = fields.get("multi_modal_data") or {}, fields.get("multi_modal_uuids") or {}
+    return Inputs(token_ids, _placed(token_ids, data, uuids, chat, options))
 
 
 def _tokenized(text: object, chat: ChatFormat) -> tuple[int, ...]:
@@ -84,41 +84,65 @@ def _token_ids(ids: object, chat: ChatFormat) -> tuple[int, ...]:
 
 
 def _placed(
-    token_ids: Sequence[int], data: object, chat: ChatFormat, options: MediaOptions
+    token_ids: Sequence[int], data: object, uuids: object, chat: ChatFormat, options: MediaOptions
 ) -> tuple[MediaPart, ...]:
     """The media in the order of their placeholders."""
-    if not isinstance(data, Mapping) or not data.keys() <= {"image", "video"}:
-        raise BadRequest("Expected multi_modal_data with image, video or both, but got something else")
+    for name, mapping in (("multi_modal_data", data), ("multi_modal_uuids", uuids)):
+        if not isinstance(mapping, Mapping) or not mapping.keys() <= {"image", "video"}:
+            raise BadRequest(f"Expected {name} with image, video or both, but got something else")
+    assert isinstance(data, Mapping)
+    assert isinstance(uuids, Mapping)
     kinds: dict[int, Modality] = {chat.image_token: "image", chat.video_token: "video"}
     wanted = [kinds[token] for token in token_ids if token in kinds]
-    given = {kind: list(_items(data.get(kind))) for kind in kinds.values()}
+    given = {kind: _named(kind, data.get(kind), uuids.get(kind), options) for kind in kinds.values()}
     for kind, items in given.items():
         if len(items) != wanted.count(kind):
             raise BadRequest(
                 f"Expected as many {kind} placeholders in the prompt as items in multi_modal_data, "
                 f"but got {wanted.count(kind)} and {len(items)}"
             )
-    return tuple(_part(given[kind].pop(0), kind, options) for kind in wanted)
+    return tuple(given[kind].pop(0) for kind in wanted)
 
 
-def _items(value: object) -> Iterator[object]:
-    """One item or a list of them."""
-    if value is None:
-        return
-    if isinstance(value, Sequence) and not isinstance(value, str) and not _has_metadata(value):
-        yield from value
-    else:
-        yield value
+def _named(kind: Modality, data: object, uuids: object, options: MediaOptions) -> list[MediaPart]:
+    """The items of one kind, each with its uuid if it has one; data None stands for an item sent before."""
+    names = [uuids] if isinstance(uuids, str) else list(uuids) if isinstance(uuids, list | tuple) else []
+    items = [None] * len(names) if data is None else _items(data, kind)
+    if names and len(names) != len(items):
+        raise BadRequest(f"Expected {len(items)} {kind} names in multi_modal_uuids, but got {len(names)}")
+    names = names or [None] * len(items)
+    return [_part(item, kind, name, options) for item, name in zip(items, names, strict=True)]
 
 
-def _part(item: object, kind: Modality, options: MediaOptions) -> MediaPart:
+def _items(value: object, kind: Modality) -> list[object]:
+    """One item or a list of them. Pictures in a list of videos are the frames of one."""
+    is_list = isinstance(value, Sequence) and not isinstance(value, str) and not _has_metadata(value)
+    if not is_list:
+        return [value]
+    assert isinstance(value, Sequence)
+    if kind == "video" and value and all(map(_is_picture, value)):
+        return [value]
+    return list(value)
+
+
+def _part(item: object, kind: Modality, name: object, options: MediaOptions) -> MediaPart:
+    uuid = checked_uuid(name, "multi_modal_uuids")
     metadata: Mapping[str, Any] = {}
     if _has_metadata(item):
         item, metadata = item
-    if item is None:
+    if item is None and uuid is None:
         raise BadRequest(f"Expected {kind} in multi_modal_data as a path, image or array, but got nothing")
-    is_array = kind == "video" and not isinstance(item, str | Path)
-    return MediaPart(kind, item, options, metadata.get("fps", ARRAY_FPS) if is_array else None)
+    fps = checked_fps(metadata.get("fps"), f"fps of {kind}")
+    if isinstance(item, list | tuple):
+        if kind == "image" or not item:
+            raise BadRequest(f"Expected {kind} in multi_modal_data as a path, image or array, but got a list")
+        return MediaPart(kind, tuple(item), options, fps, uuid)
+    is_array = kind == "video" and item is not None and not isinstance(item, str | Path)
+    return MediaPart(kind, item, options, fps or (DEFAULT_FPS if is_array else None), uuid)
+
+
+def _is_picture(item: object) -> bool:
+    return hasattr(item, "convert") or getattr(item, "ndim", 0) == 3
 
 
 def _has_metadata(item: object) -> TypeGuard[tuple[object, Mapping[str, Any]]]:

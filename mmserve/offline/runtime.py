@@ -14,16 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
 from mmserve.config import ServeConfig
-from mmserve.conversation import MediaPart
 from mmserve.cores import usable_cores
 from mmserve.errors import MMServeError
 from mmserve.generation import Deliver, Generation
-from mmserve.media.arrays import save_frames
 from mmserve.media.fetch import Fetcher
-from mmserve.media.store import ContentStore
+from mmserve.media.intake import Intake
 from mmserve.messages import Role
 from mmserve.models.chat import ChatFormat
 from mmserve.offline.prompts import Inputs
@@ -62,8 +59,8 @@ class Runtime:
         self._stopping = threading.Event()
         self._closing = threading.Lock()
         self._run_dir = RunDir()
-        self._fetcher = Fetcher(directory=self._run_dir.path)
-        self._arrays = ContentStore(self._run_dir.path)
+        fetcher = Fetcher(directory=self._run_dir.path)
+        self._intake = Intake(fetcher, config.cache.remembered_media_bytes)
         endpoint = ipc_endpoint(self._run_dir.path)
         directories = self._run_dir.directories
         self.pipeline = Pipeline(endpoint, directories, max_active=2**20, deadline_s=NO_DEADLINE_S)
@@ -101,7 +98,7 @@ class Runtime:
         started_at = time.perf_counter()
         try:
             for part in inputs.media:
-                held.append(self._resolve(part))
+                held.append(self._intake.resolve(part))
         except MMServeError as error:
             generation.fail(error)
             return generation
@@ -119,21 +116,9 @@ class Runtime:
         generation.start(prompt, fetch_ms=(time.perf_counter() - started_at) * 1e3)
         return generation
 
-    def _resolve(self, part: MediaPart) -> MediaRef:
-        content = part.content
-        if isinstance(content, str | Path):
-            found = self._fetcher.resolve(str(content), part.modality)
-        else:
-            # a PIL image becomes an array by itself
-            pixels = np.asarray(content.convert("RGB") if hasattr(content, "convert") else content)
-            found = save_frames(pixels, self._arrays, part.modality, part.fps)
-        return msgspec.structs.replace(found, options=part.options)
-
     def _release(self, held: Sequence[MediaRef]) -> None:
         for ref in held:
-            # each knows its own files
-            self._fetcher.release(ref)
-            self._arrays.release(ref.path)
+            self._intake.release(ref)
 
     def close(self) -> None:
         """Stop the workers and remove everything on disk. Idempotent, and harmless in a forked child."""

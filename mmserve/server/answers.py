@@ -22,10 +22,8 @@ from mmserve.models.chat import ChatFormat
 from mmserve.request import (
     Chunk,
     FinishReason,
-    MediaOptions,
     MediaRef,
     Methods,
-    Modality,
     Prompt,
     RequestOutput,
 )
@@ -38,9 +36,9 @@ T = TypeVar("T")
 
 
 class Fetches(Protocol):
-    """What brings media onto this host; `release` lets go of what `fetch` returned."""
+    """What brings media onto this host; `release` lets go of what `bring` returned."""
 
-    async def fetch(self, url: str, modality: Modality, options: MediaOptions | None = None) -> MediaRef: ...
+    async def bring(self, part: MediaPart, tenant: str = "") -> MediaRef: ...
 
     def release(self, ref: MediaRef) -> None: ...
 
@@ -76,7 +74,7 @@ class Door:
         answer = await self._admit(call.sampling)
         try:
             started_at = time.perf_counter()
-            media = await self._fetch(call.conversation.media, answer)
+            media = await self._fetch(call.conversation.media, answer, call.salt)
             fetch_ms = (time.perf_counter() - started_at) * 1e3
             # tokenizing a long text takes a while
             token_ids = await asyncio.to_thread(self.chat.encode, call.conversation.messages)
@@ -124,17 +122,20 @@ class Door:
         self._empty.clear()
         return answer
 
-    async def _fetch(self, parts: Sequence[MediaPart], answer: Answer) -> tuple[MediaRef, ...]:
-        async def one(part: MediaPart) -> MediaRef:
-            ref = await self.fetcher.fetch(part.content, part.modality, part.options)
-            answer.held.append(ref)
-            return ref
+    async def _fetch(self, parts: Sequence[MediaPart], answer: Answer, tenant: str) -> tuple[MediaRef, ...]:
+        found: dict[int, MediaRef] = {}
 
-        found = await asyncio.gather(*map(one, parts), return_exceptions=True)
-        for result in found:
-            if isinstance(result, BaseException):
-                raise result
-        return tuple(ref for ref in found if isinstance(ref, MediaRef))
+        async def one(place: int, part: MediaPart) -> None:
+            found[place] = await self.fetcher.bring(part, tenant)
+            answer.held.append(found[place])
+
+        # what is sent comes before what refers to it
+        for is_sent in (True, False):
+            chosen = [one(*item) for item in enumerate(parts) if (item[1].content is not None) is is_sent]
+            for result in await asyncio.gather(*chosen, return_exceptions=True):
+                if isinstance(result, BaseException):
+                    raise result
+        return tuple(found[place] for place in range(len(parts)))
 
     def _left(self, answer: Answer) -> None:
         self._inside.discard(answer)

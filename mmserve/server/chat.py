@@ -85,6 +85,7 @@ def _call(body: ChatRequest, config: ServeConfig, tenant: str) -> Call:
         options=media_options_of(body, limits),
         max_messages=limits.max_messages,
         max_parts=limits.max_parts,
+        max_frames=limits.max_frames,
     )
     if len(conversation.media) > limits.max_images:
         raise FieldError(

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mmserve.config import Limits
 from mmserve.errors import BadRequest, MMServeError, TooLarge
+from mmserve.media.budget import ByteBudget
 from mmserve.server.errors import error_response
 
 MAX_JSON_VALUES = 200_000
@@ -22,41 +23,74 @@ _STRUCTURE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{},]', re.DOTALL)
 
 
 class LimitsMiddleware:
-    """Checks headers at once and a body while it arrives."""
+    """Checks headers at once and a body while it arrives.
+
+    A body is in memory until its request has ended. All of them have a budget, and who announces more
+    than is left of it is told to come back later before the first byte is read.
+    """
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
         self._app = app
         self._limits = limits
+        self._bodies = ByteBudget(limits.max_media_bytes, "request bodies")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
+        body = _Body(self._bodies, self._limits.max_body_bytes)
         try:
-            self._check_headers(scope)
+            body.expect(self._check_headers(scope))
         except MMServeError as error:
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1009, "reason": ""})
             else:
                 await error_response(error)(scope, receive, send)
             return
-        await self._app(scope, self._counted(receive), send)
+        try:
+            await self._app(scope, body.counted(receive), send)
+        finally:
+            body.forget()
 
-    def _check_headers(self, scope: Scope) -> None:
+    def _check_headers(self, scope: Scope) -> int:
+        """The bytes of body that are announced, 0 if none are."""
         limits, headers = self._limits, scope["headers"]
         if len(headers) > limits.max_headers:
             raise TooLarge(f"Expected at most {limits.max_headers} headers, but got {len(headers)}")
         total = sum(len(name) + len(value) for name, value in headers) + len(scope.get("raw_path") or b"")
         if total > limits.max_header_bytes:
             raise TooLarge(f"Expected at most {limits.max_header_bytes} bytes of headers, but got {total}")
+        announced = 0
         for name, value in headers:
             # a length of more than 18 digits is above any limit
             if name == b"content-length" and (len(value) > 18 or int(value) > limits.max_body_bytes):
                 raise TooLarge(f"Expected a body of at most {limits.max_body_bytes} bytes, but got more")
             if name == b"content-encoding" and value.lower() != b"identity":
                 raise BadRequest("Expected a body without content encoding, but got it compressed")
+            if name == b"content-length":
+                announced = int(value)
+        return announced
 
-    def _counted(self, receive: Receive) -> Receive:
+
+class _Body:
+    """The part of the budget that one body has taken."""
+
+    def __init__(self, budget: ByteBudget, max_bytes: int) -> None:
+        self._budget = budget
+        self._max_bytes = max_bytes
+        self._taken = 0
+
+    def expect(self, size: int) -> None:
+        """Take room for a body of this size altogether."""
+        if size > self._taken:
+            self._budget.take(size - self._taken)
+            self._taken = size
+
+    def forget(self) -> None:
+        self._budget.give(self._taken)
+        self._taken = 0
+
+    def counted(self, receive: Receive) -> Receive:
         received = 0
 
         async def counted() -> Message:
@@ -64,10 +98,9 @@ class LimitsMiddleware:
             message = await receive()
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))
-                if received > self._limits.max_body_bytes:
-                    raise TooLarge(
-                        f"Expected a body of at most {self._limits.max_body_bytes} bytes, but got more"
-                    )
+                if received > self._max_bytes:
+                    raise TooLarge(f"Expected a body of at most {self._max_bytes} bytes, but got more")
+                self.expect(received)
             return message
 
         return counted

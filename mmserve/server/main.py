@@ -25,6 +25,7 @@ from mmserve.config import Limits, ServeConfig, from_mapping
 from mmserve.errors import ConfigError, MMServeError
 from mmserve.log import setup_logging
 from mmserve.media.fetch import Fetcher, FetchPolicy
+from mmserve.media.intake import Intake
 from mmserve.media.limits import MediaLimits
 from mmserve.models.chat import ChatFormat
 from mmserve.server.answers import Door
@@ -128,10 +129,13 @@ async def answer_until_stopped(
     # videos are kept on disk, not in memory
     media_dir = Path(api.directories[-1]) / "media"
     media_dir.mkdir(mode=0o700, exist_ok=True)
+    fetcher = Fetcher(
+        policy, MediaLimits.from_config(limits), media_dir, max_held_bytes=limits.max_media_bytes
+    )
     app = create_app(
         pipeline=pipeline,
         chat=ChatFormat.from_model_dir(Path(api.model_dir)),
-        fetcher=Fetcher(policy, MediaLimits.from_config(limits), media_dir),
+        fetcher=Intake(fetcher, config.cache.remembered_media_bytes),
         config=config,
         model_name=config.model,
     )

@@ -263,7 +263,8 @@ class Dispatcher(Sharing):
         if record is None or record.worker != worker.name or record.request_id not in worker.holds:
             return
         self._count("preempted")
-        self._leave(worker, record)
+        record.worker = None
+        self._leave_if_done(worker, record)  # it may be encoding the rest of the prompt
         self._restart(record)
 
     def _died(self, event: m.WorkerDied) -> None:
@@ -287,6 +288,9 @@ class Dispatcher(Sharing):
     def _again(self, record: Record, lost: str) -> None:
         """Repeat only what the lost worker had."""
         self._count("retries")
+        if record.is_suspect and record.state in (State.ENCODING, State.PREFILLING):
+            self._restart(record)  # alone, from now on
+            return
         self._take_back(record, lost)
         if record.state is State.ENCODING and not any(item.helpers for item in record.items):
             for index, item in enumerate(record.items):

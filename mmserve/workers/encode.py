@@ -28,8 +28,8 @@ MAX_QUEUED = 32
 OPENED_PER_STEP = 4
 MAX_AHEAD = 2  # long items that decode: while the tower looks at one, the next is prepared
 MAX_PLANS = 1024
-STEP_BOUND_S = 120.0  # longest silence: one segment is decoded and encoded
-SHORT_CROPS = 8  # items with at most so many crops to encode do not wait for longer ones
+STEP_BOUND_S = 120.0  # longest silence: some items are opened, one segment is decoded and encoded
+SHORT_CROPS = 8  # videos with at most so many frames to encode do not wait for longer ones, nor do images
 CROPS_PER_BATCH = {"cpu": 8, "cuda": 64}
 
 
@@ -75,8 +75,8 @@ class EncodeHandler:
         self._budget = CROPS_PER_BATCH[tools.vision.newline.device.type]
 
     def credits(self) -> m.Credits:
-        jobs = [*self._waiting, *self._short, *self._long]
-        return m.Credits(requests=MAX_QUEUED - len(jobs) - sum(len(job.followers) for job in jobs))
+        """Who only waits for another's frames takes no place."""
+        return m.Credits(requests=MAX_QUEUED - len(self._waiting) - len(self._short) - len(self._long))
 
     def handle(self, command: m.AnyCommand) -> None:
         if isinstance(command, m.EncodeMedia | m.EncodeFrames):
@@ -117,6 +117,7 @@ class EncodeHandler:
                 continue
             if not isinstance(work, VideoWork):
                 continue
+            self._tools.reporter.announce((own.request_id,), STEP_BOUND_S)
             try:
                 if isinstance(news, m.AwaitFrames):
                     work.leave(news.positions)
@@ -151,7 +152,8 @@ class EncodeHandler:
         except Exception as error:  # one item must not end the worker; it is logged and answered
             self._fail(job, error)
             return
-        (self._short if job.work.crops <= SHORT_CROPS else self._long).append(job)
+        is_short = command.media.modality == "image" or job.work.crops <= SHORT_CROPS
+        (self._short if is_short else self._long).append(job)
 
     def _plan(self, media: MediaRef) -> Known:
         """The item's plan, demuxed at most once while it is remembered."""
@@ -173,7 +175,7 @@ class EncodeHandler:
         decoding = list(filter(_has_work, self._long))[:MAX_AHEAD]
         short = list(filter(_has_work, self._short))
         jobs = [*decoding, *short] if self._is_long_first else [*short, *decoding]
-        ready = [job for job in jobs if job.pixels is not None or _work(job).is_ready()]
+        ready = [job for job in jobs if job.pixels is not None or self._is_ready(job)]
         for job in ready or jobs[:1]:
             if job.pixels is None:
                 self._advance(job)
@@ -184,6 +186,14 @@ class EncodeHandler:
                 break
         return batch
 
+    def _is_ready(self, job: _Job) -> bool:
+        """Asking begins its decoding."""
+        try:
+            return _work(job).is_ready()
+        except Exception as error:  # one item must not end the worker; it is logged and answered
+            self._fail(job, error)
+            return False
+
     def _advance(self, job: _Job) -> None:
         """Get a job's next pixels; without any it is over."""
         self._tools.reporter.announce((job.command.request_id,), STEP_BOUND_S)
@@ -192,7 +202,7 @@ class EncodeHandler:
         except Exception as error:  # one item must not end the worker; it is logged and answered
             self._fail(job, error)
             return
-        if job.pixels is None:
+        if job.pixels is None and not _work(job).is_idle():
             self._end(job)
 
     def _look(self, batch: list[_Job]) -> None:

@@ -13,10 +13,8 @@ import numpy as np
 from mmserve.kv.store import KVExport
 from mmserve.messages import Lease
 from mmserve.tensors import tensors_of, to_numpy
-from mmserve.transfer import LeaseStore, open_lease
+from mmserve.transfer import LEASE_TTL_S, LeaseStore, open_lease
 from mmserve.wire import Array, TypedArray
-
-LEASE_TTL_S = 86_400.0  # the dispatcher releases leases; this is for those it forgets
 
 
 def publish_kv(export: KVExport, leases: LeaseStore, owner: str) -> Lease:

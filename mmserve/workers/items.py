@@ -31,10 +31,8 @@ from mmserve.models.layout.llava_onevision import Geometry
 from mmserve.pruning.base import Pruner, VisualItem, make_pruner
 from mmserve.request import MediaReport, Methods
 from mmserve.tensors import to_numpy
-from mmserve.transfer import LeaseStore
+from mmserve.transfer import LEASE_TTL_S, LeaseStore
 from mmserve.workers.loop import Reporter
-
-LEASE_TTL_S = 86_400.0  # the dispatcher releases leases; this is for those it forgets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +99,7 @@ class ItemWork(Protocol):
         """Whether `pixels` would answer without waiting for a decoder."""
 
     def pixels(self) -> Tensor | None:
-        """What the tower is to see next [P, 3, S, S]; None after everything is published."""
+        """What the tower is to see next [P, 3, S, S]; None when nothing is left to do here."""
 
     def take(self, features: Features) -> None:
         """What the tower made of it."""

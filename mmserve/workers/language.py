@@ -141,7 +141,9 @@ class LanguageHandler:
         prefill.prompt.load(prefill.rows, self._runner)
         now = time.perf_counter()
         prefill.transfer_ms += (now - started_at) * 1e3
-        if prefill.stalled_at is not None and prefill.rows.ready > prefill.rows.done:
+        if prefill.stalled_at is None:
+            prefill.stalled_ms += (now - started_at) * 1e3
+        elif prefill.rows.ready > prefill.rows.done:
             prefill.stalled_ms += (now - prefill.stalled_at) * 1e3
             prefill.stalled_at = None
 

@@ -71,8 +71,8 @@ class Ledger:
     def _end(self, record: Record, state: State, tokens: tuple[m.Sampled, ...] = ()) -> None:
         del self.records[record.request_id]
         self._count(state.value)
-        is_known_to_all = state is State.FINISHED and record.finish is not FinishReason.STOP
-        self._recall(record, is_known=is_known_to_all)
+        is_known = state is State.FINISHED and record.finish is not FinishReason.STOP
+        self._recall(record, is_known=is_known and not any(item.helpers for item in record.items))
         self._release_embeddings(record)
         if record.kv_lease is not None:
             self._release(record.kv_lease)

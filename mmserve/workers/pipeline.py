@@ -196,7 +196,7 @@ class Pipeline:
         try:
             frame = COMMANDS.encode(m.Downward(epoch=self._dispatcher.epoch, number=number, command=command))
         except WireError:
-            if isinstance(command, m.EncodeMedia | m.PrefillPrompt | m.DecodeFrom):
+            if not isinstance(command, m.CancelRequest | m.ReleaseLease | m.KillWorker):
                 error = TooLarge("Expected a shorter prompt, but it does not fit into one message")
                 self._dispatcher.fail(command.request_id, error)
             return

@@ -78,6 +78,7 @@ class GrowingPrompt:
         self._position = np.empty(self.capacity, np.int32)
         self._is_visual = np.empty(self.capacity, np.bool_)
         self._identity = np.empty((self.capacity, WORDS), np.uint64)
+        self._known: Identity | None = None  # of the rows so far: it remembers its hashes
         self._pieces: list[_Piece] = []
         self._loaded = 0  # pieces whose embeddings were read
         self._rows = 0
@@ -145,8 +146,10 @@ class GrowingPrompt:
     @property
     def identity(self) -> Identity:
         """What every row holds."""
-        salt, settings = self.command.salt.encode(), _settings(self.command.methods)
-        return Identity(salt, settings, self._identity[: self._rows])
+        if self._known is None:
+            salt, settings = self.command.salt.encode(), _settings(self.command.methods)
+            self._known = Identity(salt, settings, self._identity[: self._rows])
+        return self._known
 
     # growing
 
@@ -195,7 +198,7 @@ class GrowingPrompt:
             held=held, keys=keys, order=self._order[here], position=self._position[here]
         )
         self._pieces.append(_Piece(start, stop, lease))
-        self._rows = stop
+        self._rows, self._known = stop, None
 
     def _check_logprobs(self) -> None:
         asked = self.command.sampling.prompt_logprobs

@@ -31,7 +31,7 @@ class Prefill:
     transfer_ms: float
     started_at: float
     stalled_at: float | None = None  # since when it waits for more of its rows
-    stalled_ms: float = 0.0
+    stalled_ms: float = 0.0  # or reads what has come
     # by index in the uncompressed prompt, when asked for
     logprobs: dict[int, dict[int, Logprob]] = field(default_factory=dict)
 
@@ -168,6 +168,8 @@ class Sequences:
             cached, busy = self._runner.cached(prompt.identity, prompt.most_cached)
             if any(self._is_worth_waiting_for(prompt, cached, *other) for other in ahead):
                 continue
+            if not prompt.is_whole and prompt.ready - cached < self._runner.table.page_size:
+                continue  # nothing to run yet; when it has grown, more of it may be cached
             ahead.append((prompt, cached))
             going_on.append(
                 Waiting(
@@ -185,7 +187,8 @@ class Sequences:
         self, prompt: GrowingPrompt, cached: int, other: GrowingPrompt, done: int
     ) -> bool:
         """Whether `other` leaves more behind than half of what it has still to run, and comes first."""
-        if _turn(other) > _turn(prompt):
+        # one that still grows may wait for media that have nothing to do with this one
+        if not other.is_whole or _turn(other) > _turn(prompt):
             return False
         size = self._runner.table.page_size
         shared = min(prompt.identity.common(other.identity), prompt.most_cached) // size * size

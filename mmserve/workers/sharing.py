@@ -45,10 +45,13 @@ class Sharing(Ledger):
         if event.is_last:
             del item.helpers[worker.name]
             self._leave_if_done(worker, record)
-        if frames.lease is not None:
-            item.lent.append(frames.lease)
         if item.worker is not None:
             self._tell(self.workers[item.worker], commands.take_frames(event))
+        if frames.lease is not None:
+            if item.worker is not None:
+                item.lent.append(frames.lease)
+            else:  # the item was whole before its owner could leave anything to others
+                self._release(frames.lease)
 
     def _take_back(self, record: Record, lost: str) -> None:
         """What a lost helper had is its owner's again."""

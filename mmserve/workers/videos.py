@@ -21,8 +21,8 @@ from mmserve.media.preprocess import video_pixels
 from mmserve.pruning.base import VisualItem, window_frames, windows
 from mmserve.request import MediaRef
 from mmserve.tensors import tensors_of, to_numpy
-from mmserve.transfer import open_lease
-from mmserve.workers.items import LEASE_TTL_S, Clock, Known, Tools, Window, Work, pruner_of
+from mmserve.transfer import LEASE_TTL_S, open_lease
+from mmserve.workers.items import Clock, Known, Tools, Window, Work, pruner_of
 
 
 class Frames:
@@ -78,7 +78,7 @@ class VideoWork(Work):
         self.missing = set(wanted)  # neither there nor lost
         self._frames = Frames(command.media, known, wanted, tools)  # that are not left to others
         self._windows = list(windows(len(self.keys), window_frames(pruner_of(command.methods))))
-        self._has_published = False
+        self._has_published = not self._rows  # what the cache had
 
     def is_idle(self) -> bool:
         return self._has_published and bool(self.missing) and not self._frames.left
@@ -88,7 +88,7 @@ class VideoWork(Work):
 
     def pixels(self) -> Tensor | None:
         if not self._has_published:
-            self._publish_complete()  # what the cache had
+            self._publish_complete()
         while self._frames.left:
             pixels = self._frames.pixels(self.clock)
             self.missing -= self._frames.lost
@@ -125,7 +125,7 @@ class VideoWork(Work):
     def _add(self, positions: Sequence[int], embeddings: Tensor, saliency: Tensor) -> None:
         for position, one, salient in zip(positions, embeddings, saliency, strict=True):
             if position in self.missing:
-                row = self._rows[position] = Entry(one.clone(), salient.clone())
+                row = self._rows[position] = Entry(one, salient)
                 self.tools.cache.put(self.keys[position], row, tenant=self.command.salt)
         self.missing -= set(positions)
         self._publish_complete()

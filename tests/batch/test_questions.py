@@ -54,6 +54,47 @@ def test_media_may_be_text_and_media_in_any_order(folder: Path) -> None:
     assert len(question.media) == 3
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"video": ["a.png", "picture.PNG"]},
+        {"video": [["a.png", "picture.PNG"]]},
+        {"media": [{"type": "video", "video": ["a.png", "picture.PNG"]}]},
+    ],
+)
+def test_pictures_are_the_frames_of_a_video(folder: Path, row: dict[str, Any]) -> None:
+    (folder / "a.png").write_bytes(b"media")
+    (question,) = read(folder, {"id": "q", "question": "What?", **row})
+    assert question.problem is None
+    paths = [str(folder / "a.png"), str(folder / "picture.PNG")]
+    assert question.messages[0]["content"][0] == {"type": "video", "video": paths}
+    assert question.media == tuple(paths)
+    (folder / "a.png").unlink()
+    (question,) = read(folder, {"id": "q", "question": "What?", **row})
+    assert isinstance(question.problem, NotFound)
+
+
+def test_videos_in_a_list_are_several(folder: Path) -> None:
+    (question,) = read(folder, {"id": "q", "video": ["clip.mp4", "other.webm"], "question": "Which?"})
+    assert [part["type"] for part in question.messages[0]["content"]] == ["video", "video", "text"]
+
+
+def test_an_openai_line_says_how_media_are_sampled(folder: Path) -> None:
+    part = {"type": "video_url", "video_url": {"url": "clip.mp4"}, "uuid": "c", "fps": 2}
+    body = {"messages": [{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}]}
+    line = {"custom_id": "a", "body": {**body, "media_io_kwargs": {"video": {"num_frames": 3}}}}
+    wrong = {"custom_id": "b", "body": {**body, "media_io_kwargs": {"video": {"frames": 3}}}}
+    good, bad = read(folder, line, wrong)
+    assert good.media_io == {"video": {"num_frames": 3}}
+    assert good.messages[0]["content"][0] == {
+        "type": "video",
+        "video": str(folder / "clip.mp4"),
+        "uuid": "c",
+        "fps": 2,
+    }
+    assert isinstance(bad.problem, BadRequest)
+
+
 def test_options_are_listed_in_the_prompt(folder: Path) -> None:
     row = {
         "id": "q",

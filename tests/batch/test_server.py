@@ -14,7 +14,7 @@ import pytest
 from mmserve.batch.answerers import RETRIES, Answer, ServerAnswerer, extensions
 from mmserve.batch.questions import Question
 from mmserve.batch.runner import answer_all
-from mmserve.errors import BadRequest, MediaError, Overloaded, Unauthorized, Unavailable
+from mmserve.errors import MediaError, Overloaded, Unauthorized, Unavailable
 from mmserve.request import MediaOptions, Methods
 from mmserve.sampling import SamplingParams
 
@@ -69,15 +69,17 @@ def test_files_travel_as_data_urls(tmp_path: Path) -> None:
         {"type": "video", "video": str(clip)},
         {"type": "image_url", "image_url": {"url": "https://h/a.png"}},
     ]
-    fields = extensions(Methods(prune="holitom", keep=0.5), MediaOptions(num_frames=4))
-    answer = ask(handler, asked(*parts), api_key="secret", extensions=fields)
+    fields = extensions(Methods(prune="holitom", keep=0.5))
+    options = MediaOptions(num_frames=4)
+    answer = ask(handler, asked(*parts), api_key="secret", options=options, extensions=fields)
     assert answer.error is None
     assert (answer.text, answer.finish_reason, answer.usage["prompt_tokens"]) == ("red", "stop", 3)
     (body,) = bodies
     encoded = base64.b64encode(b"frames").decode()
     assert body["model"] == "served"
     assert body["max_tokens"] == 9
-    assert body["mmserve"] == {"report": True, "prune": "holitom", "keep": 0.5, "num_frames": 4}
+    assert body["mmserve"] == {"report": True, "prune": "holitom", "keep": 0.5}
+    assert body["media_io_kwargs"] == {"video": {"num_frames": 4}}
     content = body["messages"][0]["content"]
     assert content[0] == {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{encoded}"}}
     assert content[1] == parts[1]
@@ -156,8 +158,48 @@ def test_a_broken_connection_is_an_error_of_that_row() -> None:
     assert isinstance(ask(handler).error, Unavailable)
 
 
-def test_spans_need_a_pipeline_here() -> None:
-    assert isinstance(ask(lambda _: httpx.Response(200, json=OK), asked(span=(0.0, 1.0))).error, BadRequest)
+def test_a_row_says_how_its_media_are_sampled() -> None:
+    bodies: list[dict[str, Any]] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        bodies.append(json.loads(request.content))
+        return httpx.Response(200, json=OK)
+
+    every = MediaOptions(num_frames=4, max_pixels=1000)
+    ask(handler, asked(span=(1.0, 2.5)), options=every)
+    ask(handler, asked(media_io={"video": {"fps": 2}}), options=every)
+    ask(handler, asked())
+    assert bodies[0]["media_io_kwargs"]["video"] == {
+        "num_frames": 4,
+        "max_pixels": 1000,
+        "start": 1.0,
+        "end": 2.5,
+    }
+    assert bodies[1]["media_io_kwargs"]["video"] == {"fps": 2.0, "max_pixels": 1000}
+    assert "media_io_kwargs" not in bodies[2]
+
+
+def test_frames_and_names_travel_too(tmp_path: Path) -> None:
+    frame = tmp_path / "a.png"
+    frame.write_bytes(b"pixels")
+    parts: list[dict[str, Any]] = [
+        {"type": "video", "video": [str(frame), "https://h/b.png"], "fps": 2.0, "uuid": "clip"},
+        {"type": "image", "image": str(frame), "uuid": "one"},
+        {"type": "image", "image": None, "uuid": "one"},
+    ]
+    bodies: list[dict[str, Any]] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        bodies.append(json.loads(request.content))
+        return httpx.Response(200, json=OK)
+
+    ask(handler, asked(*parts))
+    url = f"data:image/png;base64,{base64.b64encode(b'pixels').decode()}"
+    assert bodies[0]["messages"][0]["content"][:3] == [
+        {"type": "video", "video": [url, "https://h/b.png"], "fps": 2.0, "uuid": "clip"},
+        {"type": "image_url", "image_url": {"url": url}, "uuid": "one"},
+        {"type": "image_url", "image_url": {"url": None}, "uuid": "one"},
+    ]
 
 
 @pytest.mark.parametrize("url", ["http://server", "not a url", "http://[bad"])
@@ -176,4 +218,4 @@ def test_a_server_that_wants_a_key_says_so() -> None:
 
 
 def test_only_changes_are_sent() -> None:
-    assert extensions(Methods(), MediaOptions()) == {"mmserve": {"report": True}}
+    assert extensions(Methods()) == {"mmserve": {"report": True}}

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from mmserve.errors import BadRequest, Forbidden, MediaError, MMServeError, NotFound, TooLarge
-from mmserve.media.fetch import Fetcher, FetchPolicy, sniff
+from mmserve.media.fetch import Fetcher, FetchPolicy
 from mmserve.media.limits import MediaLimits
+from mmserve.media.local import sniff
 from mmserve.request import MediaOptions, MediaRef
 from tests.media.web import (
     DIGEST,

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from mmserve.errors import BadRequest
-from mmserve.offline.prompts import ARRAY_FPS, Inputs, read_messages, read_prompt
+from mmserve.media.framelist import DEFAULT_FPS
+from mmserve.offline.prompts import Inputs, read_messages, read_prompt
 from mmserve.request import MediaOptions
 from tests.offline.fakes import CHAT, say
 
@@ -56,15 +57,35 @@ def test_media_stand_in_the_order_of_their_placeholders() -> None:
 @pytest.mark.parametrize(
     ("video", "fps"),
     [
-        (FRAMES, [ARRAY_FPS]),
-        ([FRAMES, Path("b.mp4")], [ARRAY_FPS, None]),
+        (FRAMES, [DEFAULT_FPS]),
+        ([FRAMES, Path("b.mp4")], [DEFAULT_FPS, None]),
         ("c.mp4", [None]),
         ((FRAMES, {}), [2.0]),
+        ([PICTURE, PICTURE], [None]),
+        (([PICTURE, "a.png"], {"fps": 5.0}), [5.0]),
+        ([["a.png", PICTURE], "b.mp4"], [None, None]),
     ],
 )
 def test_videos_come_one_or_several_as_paths_or_frames(video: object, fps: list[float | None]) -> None:
     prompt = {"prompt": "<video>" * len(fps), "multi_modal_data": {"video": video}}
     assert [part.fps for part in read(prompt).media] == fps
+
+
+def test_pictures_in_a_list_are_the_frames_of_one_video() -> None:
+    data = {"video": [["a.png", PICTURE], "b.mp4"]}
+    first, second = read({"prompt": "<video><video>", "multi_modal_data": data}).media
+    assert first.content == ("a.png", PICTURE)
+    assert second.content == "b.mp4"
+    (only,) = read({"prompt": "<video>", "multi_modal_data": {"video": [PICTURE, PICTURE]}}).media
+    assert len(only.content) == 2
+
+
+def test_media_may_have_names() -> None:
+    prompt = {"prompt": "<image><image>", "multi_modal_data": {"image": ["a.png", None]}}
+    parts = read({**prompt, "multi_modal_uuids": {"image": [None, "two"]}}).media
+    assert [(part.content, part.uuid) for part in parts] == [("a.png", None), (None, "two")]
+    (part,) = read({"prompt": "<image>", "multi_modal_uuids": {"image": "one"}}).media
+    assert (part.content, part.uuid) == (None, "one")
 
 
 @pytest.mark.parametrize(
@@ -88,6 +109,18 @@ def test_videos_come_one_or_several_as_paths_or_frames(video: object, fps: list[
         ({"prompt": "<image>"}, "as many image placeholders"),
         ({"prompt": "<image>", "multi_modal_data": {"video": FRAMES}}, "but got 1 and 0"),
         ({"prompt": "<image>", "multi_modal_data": {"image": [None]}}, "but got nothing"),
+        ({"prompt": "<image>", "multi_modal_data": {"image": [["a.png"]]}}, "but got a list"),
+        ({"prompt": "<video>", "multi_modal_data": {"video": (["a.png"], {"fps": "x"})}}, "but got 'x'"),
+        (
+            {
+                "prompt": "<image>",
+                "multi_modal_data": {"image": "a"},
+                "multi_modal_uuids": {"image": ["x", "y"]},
+            },
+            "1 image names",
+        ),
+        ({"prompt": "<image>", "multi_modal_uuids": {"image": [5]}}, "as text of 1 to"),
+        ({"prompt": "<image>", "multi_modal_uuids": "x"}, "multi_modal_uuids with image"),
     ],
 )
 def test_what_is_not_a_prompt_is_refused(prompt: object, words: str) -> None:

@@ -21,10 +21,11 @@ from fastapi import FastAPI
 
 import mmserve
 from mmserve.config import ServeConfig
+from mmserve.conversation import MediaPart
 from mmserve.errors import Forbidden, MediaError, MMServeError, Overloaded
 from mmserve.messages import EncodedMedia, EncodedPart, EncodeTimes, Lease, PromptPrefilled, Sampled
 from mmserve.models.chat import ChatFormat
-from mmserve.request import FinishReason, MediaOptions, MediaRef, MediaReport, Modality, Prompt
+from mmserve.request import FinishReason, MediaRef, MediaReport, Prompt
 from mmserve.sampling import Logprob
 from mmserve.server.app import create_app
 from mmserve.server.main import listen, make_server
@@ -172,7 +173,8 @@ class FakeFetcher:
         self.gate.set()
         self.is_waiting = threading.Event()
 
-    async def fetch(self, url: str, modality: Modality, options: MediaOptions | None = None) -> MediaRef:
+    async def bring(self, part: MediaPart, tenant: str = "") -> MediaRef:
+        url = part.content
         self.is_waiting.set()
         await self.gate.wait()
         if url.startswith("http://10."):
@@ -182,11 +184,11 @@ class FakeFetcher:
         self.held += 1
         digest = hashlib.sha256(url.encode()).hexdigest()
         return MediaRef(
-            modality=modality,
+            modality=part.modality,
             path=f"/nowhere/{digest}",
             digest=digest,
             source="data:",
-            options=options or MediaOptions(),
+            options=part.options,
         )
 
     def release(self, ref: MediaRef) -> None:

@@ -166,6 +166,21 @@ def test_a_preempted_request_goes_before_all_that_wait(roles: tuple[tuple[Role, 
     assert all(world.tokens(name) == WHOLE for name in (first, urgent, *later))
 
 
+def test_who_encodes_and_prefills_is_told_to_stop_both() -> None:
+    world = World(*TOGETHER)
+    worker = world.role(Role.PREFILL)
+    name = world.submit(1)
+    while name not in worker.prompts:
+        world.step(worker)
+    world.preempt(worker, name)
+    assert isinstance(worker.inbox[0][1], m.CancelRequest)
+    world.run()
+    assert world.tokens(name) == WHOLE
+    assert not worker.encodes
+    world.settle()
+    assert not world.dispatcher.lease_owner
+
+
 def test_a_prompt_preempted_before_it_is_whole_begins_anew() -> None:
     world = World(*EPD)
     encode, prefill = world.role(Role.ENCODE), world.role(Role.PREFILL)

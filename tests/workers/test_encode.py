@@ -24,6 +24,7 @@ from mmserve.models.layout.llava_onevision import Geometry
 from mmserve.request import MediaOptions, MediaRef, Methods, Modality
 from mmserve.tensors import tensors_of
 from mmserve.transfer import LeaseStore, open_lease
+from mmserve.workers import encode
 from mmserve.workers.encode import CROPS_PER_BATCH, MAX_QUEUED, EncodeHandler
 from mmserve.workers.items import Tools
 from tests.workers.fakes import FakeReporter
@@ -43,6 +44,7 @@ class FakeSandbox:
     plans: list[MediaRef] = field(default_factory=list)
     decoded: list[tuple[int, ...]] = field(default_factory=list)
     slow: set[str] = field(default_factory=set)  # digests of files that are never ready
+    asked: list[str] = field(default_factory=list)  # files of the segments that were waited for
     closed: int = 0
     error: Exception | None = None
 
@@ -84,6 +86,7 @@ class FakeSegments:
     left: list[Sequence[int]]
 
     def __next__(self) -> Decoded:
+        self.sandbox.asked.append(self.ref.digest)
         return self.sandbox.decode(self.ref, self.plan, self.left.pop(0))
 
     def is_ready(self) -> bool:
@@ -434,6 +437,21 @@ def test_what_waits_for_a_decoder_holds_up_nothing_else(tmp_path: Path) -> None:
     encoder.ask("slow", digest="slow")
     encoder.ask("quick", digest="quick")
     assert [item.request_id for item in encoder.run()] == ["quick", "slow"]
+    assert encoder.sandbox.asked[0] == "quick", "not even the first segment is waited for"
+
+
+def test_a_large_photo_does_not_wait_for_a_long_video_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "SHORT_CROPS", 1)
+    encoder = Encoder(tmp_path, frames=200)
+    encoder.ask("long", frames=200)
+    encoder.handler.step()
+    encoder.ask("photo", digest="photo", modality="image")
+    for _ in range(3):
+        encoder.handler.step()
+    done = [event.request_id for event in encoder.reporter.of(m.MediaEncoded) if event.whole is not None]
+    assert done == ["photo"]
 
 
 def test_an_image_does_not_wait_for_a_long_video(tmp_path: Path) -> None:
@@ -557,6 +575,20 @@ def test_frames_that_a_helper_lost_are_lost(pair: Pair) -> None:
     whole = pair.owner.reporter.of(m.MediaEncoded)[-1].whole
     assert whole is not None
     assert whole.report.lost_frames == 9
+
+
+def test_an_owner_whose_own_last_segment_is_lost_waits_for_its_helper(pair: Pair) -> None:
+    pair.owner.sandbox.broken = set(range(16, 24))
+    pair.owner.ask(frames=40)
+    pair.owner.handler.step()
+    pair.share(tuple(range(24, 40)))
+    pair.owner.run()
+    pair.forward()
+    pair.owner.run()
+    whole = pair.owner.reporter.of(m.MediaEncoded)[-1].whole
+    assert whole is not None
+    assert (whole.report.lost_frames, whole.report.frames) == (8, 32)
+    assert pair.owner.handler.credits() == pair.owner.handler.capacity
 
 
 def test_an_owner_takes_back_what_a_lost_helper_had(pair: Pair) -> None:

@@ -7,7 +7,7 @@ each family's own file.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,8 @@ from mmserve.errors import BadRequest, WireError
 IntArray = NDArray[np.int32]
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
     """A run of a prompt's rows: text, or what remains of a part of one item."""
 
     token_ids: NDArray[np.int64]

@@ -24,6 +24,7 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
 # instructions that multiply on tensor cores, as PTX names them
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 ASYNC_COPIES = ("cp.async.cg", "cp.async.ca", "cp.async.bulk.tensor")
+DESCRIPTOR_COPY = ASYNC_COPIES[-1]
 
 
 class Compiled(NamedTuple):
@@ -35,6 +36,7 @@ class Compiled(NamedTuple):
     tensor_core_instructions: int  # of the chip's own kind
     mma_instructions: int  # mma.sync, which all chips have
     async_copies: int
+    descriptor_copies: int  # those of them that the tensor memory accelerator does
 
 
 def compile_ahead(
@@ -48,14 +50,19 @@ def compile_ahead(
 ) -> Compiled:
     """Compile for sm_<capability>; `arguments` names the Triton type of each argument that is not a constant.
 
-    Pointers and integers are taken to be multiples of 16, as the launchers make them.
+    Pointers and integers are taken to be multiples of 16, as the launchers make them, unless a kernel is not
+    specialized by one.
     """
     names = kernel.arg_names
     signature = {name: arguments.get(name, "constexpr") for name in names}
     missing = [name for name in names if name not in arguments and name not in constants]
     if missing:
         raise ValueError(f"Expected a type or a value for every argument, but {', '.join(missing)} has none")
-    aligned = [at for at, name in enumerate(names) if re.match(r"\*|i32|i64", signature[name])]
+    aligned = [
+        at
+        for at, (name, parameter) in enumerate(zip(names, kernel.params, strict=True))
+        if re.match(r"\*|i32|i64", signature[name]) and not parameter.do_not_specialize
+    ]
     source = ASTSource(
         fn=kernel,
         signature=signature,
@@ -76,6 +83,7 @@ def compile_ahead(
         tensor_core_instructions=ptx.count(TENSOR_CORES[capability]),
         mma_instructions=ptx.count("mma.sync"),
         async_copies=sum(ptx.count(name) for name in ASYNC_COPIES),
+        descriptor_copies=ptx.count(DESCRIPTOR_COPY),
     )
 
 

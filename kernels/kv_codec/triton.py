@@ -246,7 +246,7 @@ def store_pages(pages: QuantizedPages, k: Tensor, v: Tensor, page_ids: Tensor, c
     if scales.key_axis == "slot":
         _store_rows(pages.k, scales.k_scale, scales.k_zero, k.view(-1, d), slots)
         return
-    assert k.is_contiguous(), "k fits the pages"
+    assert k.is_contiguous(), "k is contiguous"
     assert pages.width == d, "k fits the pages"
     assert pages.k.shape[1] == page_size, "k fits the pages"
     if len(page_ids):
@@ -270,8 +270,8 @@ def load_pages(pages: QuantizedPages, page_ids: Tensor, dtype: torch.dtype) -> t
 def hadamard(x: Tensor) -> Tensor:
     """As `kv_codec.hadamard`; x is contiguous."""
     d = x.shape[-1]
-    assert x.is_contiguous(), "rows of up to 256 channels"
-    assert d <= 256, "rows of up to 256 channels"
+    assert x.is_contiguous(), "x is contiguous"
+    assert d <= 256, f"Expected up to 256 channels, but got {d}"
     out = torch.empty_like(x)
     if x.numel():
         hadamard_fwd_kernel[(triton.cdiv(x.numel() // d, HADAMARD_ROWS),)](
@@ -282,13 +282,12 @@ def hadamard(x: Tensor) -> Tensor:
 
 def _store_rows(pages: Tensor, scale: Tensor, zero: Tensor | None, rows: Tensor, slots: Tensor) -> None:
     count, d = rows.shape
-    assert rows.is_contiguous(), "contiguous"
-    assert pages.is_contiguous(), "contiguous"
-    assert slots.is_contiguous(), "contiguous"
+    for tensor in (rows, pages, slots):
+        assert tensor.is_contiguous(), "every tensor is contiguous"
     assert slots.dtype == torch.int64, "slots are int64, one per row"
     assert slots.shape == (count,), "slots are int64, one per row"
     assert pages.shape[2] * (2 if pages.dtype is torch.uint8 else 1) == d, "rows fit the pages"
-    assert d % 2 == 0, "rows fit the pages"
+    assert d % 2 == 0, f"Expected an even number of channels, but got {d}"
     if count:
         store_rows_fwd_kernel[(triton.cdiv(count, BLOCK_ROWS),)](
             rows, slots, pages, scale, zero, count,
@@ -307,7 +306,7 @@ def _load(
 ) -> Tensor:
     page_size, d = stored.shape[1], pages.width
     assert page_ids.dtype == torch.int32, "page_ids are int32"
-    assert page_ids.is_contiguous(), "page_ids are int32"
+    assert page_ids.is_contiguous(), "page_ids are contiguous"
     out = torch.empty(len(page_ids), page_size, d, dtype=dtype, device=stored.device)
     if len(page_ids):
         load_pages_fwd_kernel[(len(page_ids), triton.cdiv(page_size, BLOCK_ROWS))](

@@ -55,6 +55,11 @@ def merge_lse_fwd_kernel(
     tl.store(lse_ptr + row, (m + tl.log2(tl.where(seen, total, 1.0))) * LN2, mask=inside)
 
 
+def constants(d: int) -> dict[str, object]:
+    """What the kernel is compiled for."""
+    return {"D": d, "BLOCK_D": triton.next_power_of_2(d), "BLOCK_ROWS": BLOCK_ROWS}
+
+
 def merge_lse(outs: Tensor, lses: Tensor, *, out: Tensor | None = None) -> Partial:
     """As `naive.merge_lse`; the output has the dtype of `out`, by default that of `outs`.
 
@@ -71,7 +76,6 @@ def merge_lse(outs: Tensor, lses: Tensor, *, out: Tensor | None = None) -> Parti
     lse = torch.empty_like(lses[0])
     if lse.numel():
         merge_lse_fwd_kernel[(triton.cdiv(lse.numel(), BLOCK_ROWS),)](
-            outs, lses, out, lse, len(outs), lse.numel(),
-            D=d, BLOCK_D=triton.next_power_of_2(d), BLOCK_ROWS=BLOCK_ROWS, num_warps=4,
-        )  # fmt: skip
+            outs, lses, out, lse, len(outs), lse.numel(), **constants(d), num_warps=4
+        )
     return Partial(out, lse)

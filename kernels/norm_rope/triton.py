@@ -60,6 +60,27 @@ def rms_norm_fwd_kernel(
 
 
 @triton.jit
+def _head_scales(first, second, q_weight_ptr, k_weight_ptr, is_q, eps, pair, known, PAIRS: tl.constexpr):
+    """What both halves of queries and keys are multiplied with, where they are normed first."""
+    mean = (tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * PAIRS)
+    inverse = tl.rsqrt(mean + eps)[:, None]
+    q_first = tl.load(q_weight_ptr + pair, mask=known, other=0.0).to(tl.float32)
+    k_first = tl.load(k_weight_ptr + pair, mask=known, other=0.0).to(tl.float32)
+    q_second = tl.load(q_weight_ptr + PAIRS + pair, mask=known, other=0.0).to(tl.float32)
+    k_second = tl.load(k_weight_ptr + PAIRS + pair, mask=known, other=0.0).to(tl.float32)
+    scale_first = inverse * tl.where(is_q[:, None], q_first[None, :], k_first[None, :])
+    return scale_first, inverse * tl.where(is_q[:, None], q_second[None, :], k_second[None, :])
+
+
+@triton.jit
+def _store_halves(ptr, row, first, second, inside, PAIRS: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Rows of 2 * PAIRS channels."""
+    at = ptr + row[:, None] * (2 * PAIRS) + tl.arange(0, BLOCK_P)[None, :]
+    tl.store(at, first.to(ptr.dtype.element_ty), mask=inside)
+    tl.store(at + PAIRS, second.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def rope_append_fwd_kernel(
     qkv_ptr,  # [N, Q_HEADS + 2 * KV_HEADS, 2 * PAIRS]
     positions_ptr,  # int32 [N, AXES]
@@ -81,31 +102,22 @@ def rope_append_fwd_kernel(
     BLOCK_HEADS: tl.constexpr,
 ):
     HEADS: tl.constexpr = Q_HEADS + 2 * KV_HEADS
-    D: tl.constexpr = 2 * PAIRS
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     pair = tl.arange(0, BLOCK_P)
     known = pair < PAIRS
-    is_q = head < Q_HEADS
-    is_v = head >= Q_HEADS + KV_HEADS
+    is_q, is_v = head < Q_HEADS, head >= Q_HEADS + KV_HEADS
     inside = (head < HEADS)[:, None] & known[None, :]
-    at = qkv_ptr + (token * HEADS + head)[:, None] * D + pair[None, :]
+    at = qkv_ptr + (token * HEADS + head)[:, None] * (2 * PAIRS) + pair[None, :]
     stored_first = tl.load(at, mask=inside, other=0.0)
     stored_second = tl.load(at + PAIRS, mask=inside, other=0.0)
     first, second = stored_first.to(tl.float32), stored_second.to(tl.float32)
-
     if q_weight_ptr is not None:
-        mean = (tl.sum(first * first, 1) + tl.sum(second * second, 1)) / D
-        inverse = tl.rsqrt(mean + eps)[:, None]
-        for half in tl.static_range(2):
-            q_weight = tl.load(q_weight_ptr + half * PAIRS + pair, mask=known, other=0.0).to(tl.float32)
-            k_weight = tl.load(k_weight_ptr + half * PAIRS + pair, mask=known, other=0.0).to(tl.float32)
-            scale = inverse * tl.where(is_q[:, None], q_weight[None, :], k_weight[None, :])
-            if half == 0:
-                first *= scale
-            else:
-                second *= scale
-
+        scale_first, scale_second = _head_scales(
+            first, second, q_weight_ptr, k_weight_ptr, is_q, eps, pair, known, PAIRS
+        )
+        first *= scale_first
+        second *= scale_second
     axis = 0
     if axis_of_pair_ptr is not None:
         axis = tl.load(axis_of_pair_ptr + pair, mask=known, other=0)
@@ -114,23 +126,15 @@ def rope_append_fwd_kernel(
     cos, sin = _cos_sin(position.to(tl.float32) * frequency)
     turned_first = first * cos[None, :] - second * sin[None, :]
     turned_second = second * cos[None, :] + first * sin[None, :]
-
-    q_at = q_ptr + (token * Q_HEADS + head)[:, None] * D + pair[None, :]
-    q_inside = inside & is_q[:, None]
-    tl.store(q_at, turned_first.to(q_ptr.dtype.element_ty), mask=q_inside)
-    tl.store(q_at + PAIRS, turned_second.to(q_ptr.dtype.element_ty), mask=q_inside)
-
+    q_row, q_inside = token * Q_HEADS + head, inside & is_q[:, None]
+    _store_halves(q_ptr, q_row, turned_first, turned_second, q_inside, PAIRS, BLOCK_P)
     kv_head = head - Q_HEADS - tl.where(is_v, KV_HEADS, 0)
     is_kv = (head >= Q_HEADS) & (head < HEADS)
     slot = tl.load(slots_ptr + kv_head.to(tl.int64) * tokens + token, mask=is_kv, other=-1)
-    kv_at = slot[:, None] * D + pair[None, :]
     written = inside & (slot >= 0)[:, None]
     k_inside, v_inside = written & ~is_v[:, None], written & is_v[:, None]
-    dtype = k_pages_ptr.dtype.element_ty
-    tl.store(k_pages_ptr + kv_at, turned_first.to(dtype), mask=k_inside)
-    tl.store(k_pages_ptr + kv_at + PAIRS, turned_second.to(dtype), mask=k_inside)
-    tl.store(v_pages_ptr + kv_at, stored_first.to(dtype), mask=v_inside)
-    tl.store(v_pages_ptr + kv_at + PAIRS, stored_second.to(dtype), mask=v_inside)
+    _store_halves(k_pages_ptr, slot, turned_first, turned_second, k_inside, PAIRS, BLOCK_P)
+    _store_halves(v_pages_ptr, slot, stored_first, stored_second, v_inside, PAIRS, BLOCK_P)
 
 
 @triton.jit
@@ -171,13 +175,30 @@ def norm_warps(width: int) -> int:
     return max(1, min(16, int(triton.next_power_of_2(width)) // 512))
 
 
+def norm_constants(width: int) -> dict[str, object]:
+    """What `rms_norm` is compiled for."""
+    return {"D": width, "BLOCK_D": triton.next_power_of_2(width)}
+
+
+def rope_constants(q_heads: int, kv_heads: int, d: int, axes: int) -> dict[str, object]:
+    """What `rope_append` is compiled for."""
+    return {
+        "Q_HEADS": q_heads,
+        "KV_HEADS": kv_heads,
+        "AXES": axes,
+        "PAIRS": d // 2,
+        "BLOCK_P": triton.next_power_of_2(d // 2),
+        "BLOCK_HEADS": BLOCK_HEADS,
+    }
+
+
 def rms_norm(
     x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `norm_rope.rms_norm`; all tensors are contiguous."""
     width = x.shape[-1]
-    assert x.is_contiguous(), "rows fit one program"
-    assert weight.shape == (width,), "rows fit one program"
+    assert x.is_contiguous(), "x is contiguous"
+    assert weight.shape == (width,), "one weight per channel"
     assert width <= MAX_WIDTH, "rows fit one program"
     assert residual is None or (residual.is_contiguous() and residual.shape == x.shape), "residual is like x"
     out = torch.empty_like(x)
@@ -185,7 +206,7 @@ def rms_norm(
     if x.numel():
         rms_norm_fwd_kernel[(x.numel() // width,)](
             x, residual, weight, out, None if residual is None else total, eps,
-            D=width, BLOCK_D=triton.next_power_of_2(width), num_warps=norm_warps(width),
+            **norm_constants(width), num_warps=norm_warps(width),
         )  # fmt: skip
     return out, total
 
@@ -212,20 +233,18 @@ def rope_append(
     assert slots.dtype == torch.int64, "slots are int64 [Hkv, N]"
     assert slots.shape == (kv_heads, tokens), "slots are int64 [Hkv, N]"
     assert frequencies.shape == (d // 2,), "one frequency per pair of channels"
-    assert d % 2 == 0, "one frequency per pair of channels"
-    assert d <= 256, "one frequency per pair of channels"
+    assert d % 2 == 0, f"Expected pairs of channels, but got {d}"
+    assert d <= 256, f"Expected up to 256 channels, but got {d}"
     assert axes == 1 or axis_of_pair is not None, "several axes need axis_of_pair"
     assert (q_weight is None) == (k_weight is None), "queries and keys are normed together"
-    assert k_pages.shape == v_pages.shape
-    assert k_pages.dtype == v_pages.dtype
-    assert k_pages.shape[-1] == d
+    assert k_pages.shape == v_pages.shape, "pages of K and V are alike"
+    assert k_pages.dtype == v_pages.dtype, "pages of K and V are alike"
+    assert k_pages.shape[-1] == d, f"Expected pages of {d} channels, but got {k_pages.shape[-1]}"
     q = torch.empty(tokens, q_heads, d, dtype=qkv.dtype, device=qkv.device)
     if tokens:
         rope_append_fwd_kernel[(tokens, triton.cdiv(heads, BLOCK_HEADS))](
             qkv, positions, frequencies, axis_of_pair, q_weight, k_weight, slots, q, k_pages, v_pages,
-            tokens, eps,
-            Q_HEADS=q_heads, KV_HEADS=kv_heads, AXES=axes, PAIRS=d // 2,
-            BLOCK_P=triton.next_power_of_2(d // 2), BLOCK_HEADS=BLOCK_HEADS, num_warps=4,
+            tokens, eps, **rope_constants(q_heads, kv_heads, d, axes), num_warps=4,
         )  # fmt: skip
     return q
 
@@ -240,12 +259,12 @@ def rerotate(
 ) -> None:
     """As `norm_rope.rerotate`; all tensors are contiguous."""
     d = k_pages.shape[-1]
-    assert k_pages.is_contiguous(), "pages"
-    assert v_pages.is_contiguous(), "pages"
-    assert k_pages.shape == v_pages.shape, "pages"
+    assert k_pages.is_contiguous(), "pages are contiguous"
+    assert v_pages.is_contiguous(), "pages are contiguous"
+    assert k_pages.shape == v_pages.shape, "pages of K and V are alike"
     assert source.dtype == destination.dtype == torch.int64, "slots are int64"
     assert len(source) == len(destination) == len(delta), "one delta per move"
-    assert len(frequencies) * 2 == d, "one delta per move"
+    assert len(frequencies) * 2 == d, "one frequency per pair of channels"
     if len(source):
         rerotate_fwd_kernel[(triton.cdiv(len(source), BLOCK_SLOTS),)](
             k_pages, v_pages, source, destination, delta, frequencies, len(source),

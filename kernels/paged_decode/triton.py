@@ -39,143 +39,177 @@ def _unpack(bytes, HIGH: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
+def _locate(
+    tables_ptr, head, max_pages, start, slot, valid, PAGE_SIZE: tl.constexpr, BLOCK_SLOTS: tl.constexpr
+):
+    """The page of a block, or those of its slots, and where its slots are stored."""
+    table = tables_ptr + head.to(tl.int64) * max_pages
+    if BLOCK_SLOTS <= PAGE_SIZE:
+        # the block lies in one page: PAGE_SIZE is a multiple of it
+        page = tl.load(table + start // PAGE_SIZE).to(tl.int64)
+        stored = page * PAGE_SIZE + start % PAGE_SIZE + tl.arange(0, BLOCK_SLOTS)
+    else:
+        page = tl.load(table + slot // PAGE_SIZE, mask=valid, other=0).to(tl.int64)
+        stored = page * PAGE_SIZE + slot % PAGE_SIZE
+    return page, stored
+
+
+@triton.jit
+def _load_slots(ptr, stored, valid, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """What is stored in slots; those that are not valid may hold anything, nan too."""
+    channel = tl.arange(0, BLOCK_D)
+    at = stored[:, None] * D + channel[None, :]
+    return tl.load(ptr + at, mask=valid[:, None] & (channel < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _scaled(q, scale_ptr, at, known):
+    """Queries for keys that are scaled by channel."""
+    scale = tl.load(scale_ptr + at, mask=known, other=0.0)
+    return (q.to(tl.float32) * scale[None, :]).to(q.dtype)
+
+
+@triton.jit
+def _channel_zeros(q, zero_ptr, at, known):
+    """What the zeros of a page's channels add to all its scores."""
+    zero = tl.load(zero_ptr + at, mask=known, other=0.0)
+    return tl.sum(q.to(tl.float32) * zero[None, :], 1)
+
+
+@triton.jit
+def _scores(
+    q, q_high, k, scale_ptr, zero_ptr, page, stored, valid,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, INT4: tl.constexpr, KEY_AXIS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Raw scores of a block, with the scales and zeros of its keys."""
+    channel = tl.arange(0, BLOCK_D)
+    known = channel < D
+    query, query_high = q, q_high
+    if KEY_AXIS == 2:
+        at = page * (2 * D if INT4 else D) + channel
+        query = _scaled(q, scale_ptr, at, known)
+        if INT4:
+            query_high = _scaled(q_high, scale_ptr, at + D, known)
+    if INT4:
+        s = tl.dot(query, _unpack(k, False, q.dtype).T, input_precision=PRECISION)
+        s = tl.dot(query_high, _unpack(k, True, q.dtype).T, s, input_precision=PRECISION)
+    else:
+        s = tl.dot(query, k.to(q.dtype).T, input_precision=PRECISION)
+    if KEY_AXIS == 1:
+        s *= tl.load(scale_ptr + stored, mask=valid, other=0.0)[None, :]
+    if zero_ptr is not None:
+        if KEY_AXIS == 1:
+            # a zero of a slot adds the same to all its channels
+            sums = tl.sum(q.to(tl.float32), 1)
+            if INT4:
+                sums += tl.sum(q_high.to(tl.float32), 1)
+            s += sums[:, None] * tl.load(zero_ptr + stored, mask=valid, other=0.0)[None, :]
+        else:
+            added = _channel_zeros(q, zero_ptr, at, known)
+            if INT4:
+                added += _channel_zeros(q_high, zero_ptr, at + D, known)
+            s += added[:, None]
+    return s
+
+
+@triton.jit
+def _weights(s, m, total):
+    """Weights of a block, what earlier ones are worth now, and the softmax's new state."""
+    # every block has a valid slot, so m is finite
+    m_new = tl.maximum(m, tl.max(s, 1))
+    alpha = tl.exp2(m - m_new)
+    p = tl.exp2(s - m_new[:, None])
+    return p, alpha, m_new, total * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def _accumulate(p, v, acc, alpha, PRECISION: tl.constexpr):
+    return tl.dot(p, v, acc * alpha[:, None], input_precision=PRECISION)
+
+
+@triton.jit
+def _store_split(
+    out_ptr, lse_ptr, row, channel, m, total, acc, acc_high, shift, GROUP: tl.constexpr,
+    D: tl.constexpr, BLOCK_G: tl.constexpr, INT4: tl.constexpr, SHIFTED: tl.constexpr,
+):  # fmt: skip
+    """Outputs and LSE of one split; if SHIFTED, the zeros of values add to all channels."""
+    real = tl.arange(0, BLOCK_G) < GROUP
+    inside = real[:, None] & (channel < D)[None, :]
+    seen = tl.where(total > 0, total, 1.0)
+    written = tl.program_id(1) * tl.num_programs(0).to(tl.int64) * GROUP + row
+    out_at = out_ptr + written[:, None] * (2 * D if INT4 else D) + channel[None, :]
+    if SHIFTED:
+        acc += shift[:, None]
+    tl.store(out_at, (acc / seen[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+    if INT4:
+        if SHIFTED:
+            acc_high += shift[:, None]
+        tl.store(out_at + D, (acc_high / seen[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(lse_ptr + written, (m + tl.log2(seen)) * LN2, mask=real)
+
+
+@triton.jit
 def paged_decode_fwd_kernel(
     q_ptr,  # [B, Hkv * GROUP, D]
-    k_ptr,  # [pages, PAGE_SIZE, D], int4: [pages, PAGE_SIZE, D / 2]
-    v_ptr,
-    k_scale_ptr,
-    k_zero_ptr,
-    v_scale_ptr,
-    v_zero_ptr,
-    tables_ptr,  # int32 [B, Hkv, max_pages]
-    lengths_ptr,  # int32 [B, Hkv]
-    out_ptr,  # [SPLITS, B, Hkv * GROUP, D]
-    lse_ptr,  # fp32 [SPLITS, B, Hkv * GROUP]
+    k_ptr, v_ptr,  # [pages, PAGE_SIZE, D], int4: [pages, PAGE_SIZE, D / 2]
+    k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr,
+    tables_ptr, lengths_ptr,  # int32 [B, Hkv, max_pages] and [B, Hkv]
+    out_ptr, lse_ptr,  # [splits, B, Hkv * GROUP, D] and fp32 [splits, B, Hkv * GROUP]
     scores_ptr,  # fp32 [B, Hkv, GROUP, max_pages * PAGE_SIZE] in units of log 2, or None
-    scale_log2,
-    max_pages,
-    SPLITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    D: tl.constexpr,  # channels of one half where INT4
-    BLOCK_D: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    BLOCK_SLOTS: tl.constexpr,
-    INT4: tl.constexpr,
+    scale_log2, max_pages,
+    GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,  # channels, of one half where INT4
+    PAGE_SIZE: tl.constexpr, BLOCK_SLOTS: tl.constexpr, INT4: tl.constexpr,
     KEY_AXIS: tl.constexpr,  # 0: not scaled, 1: by slot, 2: by channel
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     head = tl.program_id(0)  # sequence * Hkv + KV head
-    split = tl.program_id(1)
     length = tl.load(lengths_ptr + head)
-    blocks = tl.cdiv(tl.cdiv(length, BLOCK_SLOTS), SPLITS)
-    first = split * blocks * BLOCK_SLOTS
-    last = tl.minimum(first + blocks * BLOCK_SLOTS, length)
-
-    WIDTH: tl.constexpr = 2 * D if INT4 else D
+    share = tl.cdiv(tl.cdiv(length, BLOCK_SLOTS), tl.num_programs(1)) * BLOCK_SLOTS
+    first = tl.program_id(1) * share
     member = tl.arange(0, BLOCK_G)
     channel = tl.arange(0, BLOCK_D)
-    slot_of = tl.arange(0, BLOCK_SLOTS)
     row = head.to(tl.int64) * GROUP + member
     inside = (member < GROUP)[:, None] & (channel < D)[None, :]
-    q_at = q_ptr + row[:, None] * WIDTH + channel[None, :]
+    q_at = q_ptr + row[:, None] * (2 * D if INT4 else D) + channel[None, :]
     q = tl.load(q_at, mask=inside, other=0.0)
-    dtype: tl.constexpr = q.dtype
-    m = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_G], tl.float32)
+    m, total = tl.full([BLOCK_G], float("-inf"), tl.float32), tl.zeros([BLOCK_G], tl.float32)
+    shift = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    q_high, acc_high = q, acc
     if INT4:
         q_high = tl.load(q_at + D, mask=inside, other=0.0)
         acc_high = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    if v_zero_ptr is not None:
-        shift = tl.zeros([BLOCK_G], tl.float32)
-
-    for start in range(first, last, BLOCK_SLOTS):
-        slot = start + slot_of
+    for start in range(first, tl.minimum(first + share, length), BLOCK_SLOTS):
+        slot = start + tl.arange(0, BLOCK_SLOTS)
         valid = slot < length
-        if BLOCK_SLOTS <= PAGE_SIZE:
-            # the block lies in one page: PAGE_SIZE is a multiple of it
-            page = tl.load(tables_ptr + head.to(tl.int64) * max_pages + start // PAGE_SIZE).to(tl.int64)
-            stored = page * PAGE_SIZE + start % PAGE_SIZE + slot_of
-        else:
-            table = tables_ptr + head.to(tl.int64) * max_pages + slot // PAGE_SIZE
-            stored = tl.load(table, mask=valid, other=0).to(tl.int64) * PAGE_SIZE + slot % PAGE_SIZE
-        # slots past the length may hold anything, nan too
-        loaded = valid[:, None] & (channel < D)[None, :]
-        at = stored[:, None] * D + channel[None, :]
-        k = tl.load(k_ptr + at, mask=loaded, other=0.0)
-        v = tl.load(v_ptr + at, mask=loaded, other=0.0)
-
-        if KEY_AXIS == 2:
-            scaled_at = page * WIDTH + channel
-            k_scale = tl.load(k_scale_ptr + scaled_at, mask=channel < D, other=0.0)
-            query = (q.to(tl.float32) * k_scale[None, :]).to(dtype)
-        else:
-            query = q
-        if INT4:
-            if KEY_AXIS == 2:
-                k_scale_high = tl.load(k_scale_ptr + scaled_at + D, mask=channel < D, other=0.0)
-                query_high = (q_high.to(tl.float32) * k_scale_high[None, :]).to(dtype)
-            else:
-                query_high = q_high
-            s = tl.dot(query, _unpack(k, False, dtype).T, input_precision=PRECISION)
-            s = tl.dot(query_high, _unpack(k, True, dtype).T, s, input_precision=PRECISION)
-        else:
-            s = tl.dot(query, k.to(dtype).T, input_precision=PRECISION)
-
-        if KEY_AXIS == 1:
-            s *= tl.load(k_scale_ptr + stored, mask=valid, other=0.0)[None, :]
-        if k_zero_ptr is not None:
-            if KEY_AXIS == 1:
-                # a zero of a slot adds the same to all its channels
-                sums = tl.sum(q.to(tl.float32), 1)
-                if INT4:
-                    sums += tl.sum(q_high.to(tl.float32), 1)
-                s += sums[:, None] * tl.load(k_zero_ptr + stored, mask=valid, other=0.0)[None, :]
-            else:
-                k_zero = tl.load(k_zero_ptr + scaled_at, mask=channel < D, other=0.0)
-                added = tl.sum(q.to(tl.float32) * k_zero[None, :], 1)
-                if INT4:
-                    k_zero_high = tl.load(k_zero_ptr + scaled_at + D, mask=channel < D, other=0.0)
-                    added += tl.sum(q_high.to(tl.float32) * k_zero_high[None, :], 1)
-                s += added[:, None]
+        page, stored = _locate(tables_ptr, head, max_pages, start, slot, valid, PAGE_SIZE, BLOCK_SLOTS)
+        k = _load_slots(k_ptr, stored, valid, D, BLOCK_D)
+        v = _load_slots(v_ptr, stored, valid, D, BLOCK_D)
+        s = _scores(
+            q, q_high, k, k_scale_ptr, k_zero_ptr, page, stored, valid, D, BLOCK_D, INT4, KEY_AXIS, PRECISION
+        )
         s = tl.where(valid[None, :], s * scale_log2, float("-inf"))
         if scores_ptr is not None:
             scores = scores_ptr + row[:, None] * (max_pages * PAGE_SIZE) + slot[None, :]
             tl.store(scores, s, mask=(member < GROUP)[:, None] & valid[None, :])
-
-        # every block has a valid slot, so m is finite
-        m_new = tl.maximum(m, tl.max(s, 1))
-        alpha = tl.exp2(m - m_new)
-        p = tl.exp2(s - m_new[:, None])
-        total = total * alpha + tl.sum(p, 1)
-        m = m_new
+        p, alpha, m, total = _weights(s, m, total)
         if v_zero_ptr is not None:
             v_zero = tl.load(v_zero_ptr + stored, mask=valid, other=0.0)
             shift = shift * alpha + tl.sum(p * v_zero[None, :], 1)
         if KEY_AXIS != 0:
             p *= tl.load(v_scale_ptr + stored, mask=valid, other=0.0)[None, :]
-        p = p.to(dtype)
-        acc *= alpha[:, None]
+        p = p.to(q.dtype)
         if INT4:
-            acc = tl.dot(p, _unpack(v, False, dtype), acc, input_precision=PRECISION)
-            acc_high *= alpha[:, None]
-            acc_high = tl.dot(p, _unpack(v, True, dtype), acc_high, input_precision=PRECISION)
+            acc = _accumulate(p, _unpack(v, False, q.dtype), acc, alpha, PRECISION)
+            acc_high = _accumulate(p, _unpack(v, True, q.dtype), acc_high, alpha, PRECISION)
         else:
-            acc = tl.dot(p, v.to(dtype), acc, input_precision=PRECISION)
-
-    seen = tl.where(total > 0, total, 1.0)[:, None]
-    written = split * tl.num_programs(0).to(tl.int64) * GROUP + row
-    out_at = out_ptr + written[:, None] * WIDTH + channel[None, :]
-    if v_zero_ptr is not None:
-        acc += shift[:, None]
-    tl.store(out_at, (acc / seen).to(out_ptr.dtype.element_ty), mask=inside)
-    if INT4:
-        if v_zero_ptr is not None:
-            acc_high += shift[:, None]
-        tl.store(out_at + D, (acc_high / seen).to(out_ptr.dtype.element_ty), mask=inside)
-    lse = (m + tl.log2(tl.where(total > 0, total, 1.0))) * LN2
-    tl.store(lse_ptr + written, lse, mask=member < GROUP)
+            acc = _accumulate(p, v.to(q.dtype), acc, alpha, PRECISION)
+    _store_split(
+        out_ptr, lse_ptr, row, channel, m, total, acc, acc_high, shift,
+        GROUP, D, BLOCK_G, INT4, v_zero_ptr is not None,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -202,9 +236,13 @@ def attention_mass_fwd_kernel(
     tl.store(mass_ptr + head * slots + slot, tl.sum(weights, 0), mask=slot < slots)
 
 
-def default_config(page_size: int, scales: PageScales | None) -> Config:
-    """Blocks of 64 slots; with keys scaled by channel a block is a page, since each page has its own."""
-    return Config(page_size if scales is not None and scales.key_axis == "channel" else 64)
+def default_config(page_size: int, scales: PageScales | None, itemsize: int = 2) -> Config:
+    """Blocks of 64 slots; with keys scaled by channel a block is a page, since each page has its own.
+
+    itemsize is that of the queries: products in fp32 take more registers.
+    """
+    block = page_size if scales is not None and scales.key_axis == "channel" else 64
+    return Config(block, num_warps=8 if itemsize == 4 else 4)
 
 
 def constants(
@@ -214,7 +252,6 @@ def constants(
     d: int,
     group: int,
     page_size: int,
-    splits: int,
     scales: PageScales | None,
     config: Config,
 ) -> dict[str, object]:
@@ -222,7 +259,6 @@ def constants(
     int4 = page_dtype is torch.uint8
     width = d // 2 if int4 else d
     return {
-        "SPLITS": splits,
         "GROUP": group,
         "BLOCK_G": max(16, triton.next_power_of_2(group)),
         "D": width,
@@ -237,7 +273,9 @@ def constants(
 
 @cache
 def _programs(device: torch.device) -> int:
-    """How many programs keep a device busy."""
+    """How many programs keep a device busy; the interpreter runs one at a time."""
+    if device.type != "cuda":
+        return WAVES
     return WAVES * int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
@@ -259,16 +297,11 @@ def paged_decode(
     splits: int | None = None,
     config: Config | None = None,
 ) -> Decoded:
-    """Attention of one row per sequence over its paged KV; out has the dtype of q.
-
-    q [B, Hq, d]; k_pages, v_pages [pages, page_size, d] (int4: uint8 [pages, page_size, d / 2]); tables
-    int32 [B, Hkv, max_pages]; lengths int32 [B, Hkv], zero allowed; query head h reads KV head
-    h // (Hq / Hkv). Pages of integers or fp8 need `scales`. `mass` asks for the weights per slot.
-    """
+    """As `paged_decode.paged_decode`."""
     batch, kv_heads, max_pages = tables.shape
     q_heads, d = q.shape[1:]
     page_size = k_pages.shape[1]
-    config = config or default_config(page_size, scales)
+    config = config or default_config(page_size, scales, q.itemsize)
     _check(q, k_pages, v_pages, tables, lengths, scales, config)
     heads, group = batch * kv_heads, q_heads // kv_heads
     if splits is None:
@@ -282,7 +315,6 @@ def paged_decode(
         d=d,
         group=group,
         page_size=page_size,
-        splits=splits,
         scales=scales,
         config=config,
     )

@@ -213,9 +213,9 @@ def probe(q: Tensor, k: Tensor, row_order: Tensor, key_order: Tensor | None, *, 
 def residue_scores(vertical: Tensor, strides: Tensor, *, first: int, last: int) -> Residues:
     """As `pattern_index.residue_scores`; all tensors are contiguous."""
     heads, keys = vertical.shape
-    assert vertical.is_contiguous(), "sums are fp32"
+    assert vertical.is_contiguous(), "sums are contiguous"
     assert vertical.dtype == torch.float32, "sums are fp32"
-    assert strides.is_contiguous(), "strides are int32"
+    assert strides.is_contiguous(), "strides are contiguous"
     assert strides.dtype == torch.int32, "strides are int32"
     lift = torch.empty(heads, len(strides), device=vertical.device, dtype=torch.float32)
     residue = torch.empty(lift.shape, device=vertical.device, dtype=torch.int32)
@@ -230,12 +230,12 @@ def residue_scores(vertical: Tensor, strides: Tensor, *, first: int, last: int) 
 def checked(q: Tensor, k: Tensor, row_order: Tensor, key_order: Tensor | None) -> dict[str, object]:
     """Invariants of a launch, from shapes alone, and what it is compiled for."""
     heads, kv_heads, d = q.shape[1], k.shape[1], q.shape[2]
-    assert q.is_contiguous(), "q and k fit each other"
-    assert k.is_contiguous(), "q and k fit each other"
-    assert k.shape[2] == d <= 256, "q and k fit each other"
-    assert heads % kv_heads == 0, "heads fit, and there are rows and keys"
-    assert len(q) > 0, "heads fit, and there are rows and keys"
-    assert len(k) > 0, "heads fit, and there are rows and keys"
+    assert q.is_contiguous(), "q is contiguous"
+    assert k.is_contiguous(), "k is contiguous"
+    assert k.shape[2] == d <= 256, f"Expected keys of {d} channels, up to 256, but got {k.shape[2]}"
+    assert heads % kv_heads == 0, f"{heads} query heads, {kv_heads} KV heads"
+    assert len(q) > 0, "there are rows"
+    assert len(k) > 0, "there are keys"
     assert row_order.dtype == torch.int32, "one order per row"
     assert row_order.shape == q.shape[:1], "one order per row"
     assert key_order is None or (key_order.dtype == torch.int32 and key_order.shape == k.shape[:1]), "and key"

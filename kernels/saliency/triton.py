@@ -24,7 +24,7 @@ class Config(NamedTuple):
 def _load_rows(ptr, row, last, head, stride, stride_h, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows of one head; 0 past the end of a picture."""
     channel = tl.arange(0, BLOCK_D)
-    at = ptr + row.to(tl.int64)[:, None] * stride + head * stride_h + channel[None, :]
+    at = ptr + row.to(tl.int64)[:, None] * stride + head.to(tl.int64) * stride_h + channel[None, :]
     return tl.load(at, mask=(row < last)[:, None] & (channel < D)[None, :], other=0.0)
 
 
@@ -122,10 +122,10 @@ def saliency(
     config = config or Config()
     tokens, heads, d = q.shape
     assert q.shape == k.shape, "q and k are alike"
-    assert q.stride(2) == k.stride(2) == 1, "q and k are alike"
-    assert d <= 256, "q and k are alike"
+    assert q.stride(2) == k.stride(2) == 1, "the channels of a row lie side by side"
+    assert d <= 256, f"Expected up to 256 channels, but got {d}"
     assert begins.dtype == torch.int32, "begins are int32"
-    assert begins.is_contiguous(), "begins are int32"
+    assert begins.is_contiguous(), "begins are contiguous"
     lse, sums = (torch.empty(heads, tokens, device=q.device, dtype=torch.float32) for _ in range(2))
     pictures = len(begins) - 1
     if tokens == 0 or pictures == 0:

@@ -117,7 +117,7 @@ def frame_cosine(x: Tensor, clips: Tensor, *, max_tokens: int) -> Tensor:
 
 def run_lengths(cosine: Tensor, clips: Tensor, *, tau: float, max_width: int) -> Tensor:
     """As `token_merge.run_lengths`; cosine and clips are contiguous."""
-    assert cosine.is_contiguous(), "cosines are fp32"
+    assert cosine.is_contiguous(), "cosines are contiguous"
     assert cosine.dtype == torch.float32, "cosines are fp32"
     _check_clips(clips)
     runs = torch.empty(cosine.shape, dtype=torch.int32, device=cosine.device)
@@ -131,10 +131,10 @@ def run_lengths(cosine: Tensor, clips: Tensor, *, tau: float, max_width: int) ->
 def scatter_merge(x: Tensor, begins: Tensor, cluster: Tensor, shares: Tensor, *, max_count: int) -> Tensor:
     """As `token_merge.scatter_merge`; all tensors are contiguous."""
     d = x.shape[1]
-    assert x.is_contiguous(), "one cluster and share a token"
+    assert x.is_contiguous(), "x is contiguous"
     assert cluster.shape == shares.shape == x.shape[:1], "one cluster and share a token"
-    assert begins.dtype == cluster.dtype == torch.int32, "int32 and fp32"
-    assert shares.dtype == torch.float32, "int32 and fp32"
+    assert begins.dtype == cluster.dtype == torch.int32, "begins and clusters are int32"
+    assert shares.dtype == torch.float32, "shares are fp32"
     merged = torch.empty(len(begins) - 1, max_count, d, dtype=x.dtype, device=x.device)
     block_d = max(16, min(BLOCK_CHANNELS, triton.next_power_of_2(d)))
     if merged.numel():
@@ -147,6 +147,6 @@ def scatter_merge(x: Tensor, begins: Tensor, cluster: Tensor, shares: Tensor, *,
 
 
 def _check_clips(clips: Tensor) -> None:
-    assert clips.dtype == torch.int32, "int32 [clips, 3]"
-    assert clips.is_contiguous(), "int32 [clips, 3]"
-    assert clips.shape[1] == 3, "int32 [clips, 3]"
+    assert clips.dtype == torch.int32, "clips are int32"
+    assert clips.is_contiguous(), "clips are contiguous"
+    assert clips.shape[1] == 3, "a clip is its first token, frames, tokens of a frame"

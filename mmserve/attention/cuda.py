@@ -184,7 +184,7 @@ class _Chunks:
             self._lengths[layer].tolist(),
             q_heads=group,
             kv_heads=1,
-            tile_rows=_tile_rows(device, self._store.k.shape[2]),
+            tile_rows=_tile_rows(device, self._store.k),
         )
         # its rows come head after head, ours row after row
         places = [
@@ -206,12 +206,12 @@ class _Chunks:
         )
 
 
-def _tile_rows(device: torch.device, width: int) -> int:
+def _tile_rows(device: torch.device, pages: Tensor) -> int:
     if backend_for(device) == "naive":
         return 128
     from mmserve.kernels.prefill_attention.triton import default_tile_rows
 
-    return default_tile_rows(width)
+    return default_tile_rows(pages.shape[2], pages.dtype.itemsize)
 
 
 def _rounded(number: int, step: int) -> int:

@@ -1,28 +1,68 @@
-"""The kernels as CudaAttention launches them for the models we serve, for the tests that compile ahead.
+"""The kernels as serving launches them on a GPU, for the tests that compile ahead.
 
-One axis per KV head, so KV_HEADS is 1 throughout; pages of 32 slots; bf16.
+tests/kernels/test_served.py runs a step of
+each kind and compares what was launched with what is here. Knows nothing about compiling.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import product
+from typing import NamedTuple
 
 import torch
 
-from tests.kernels.aot_variants import Variant, decode_variant, prefill_variant
+from tests.kernels.aot_variants import (
+    Variant,
+    decode_variant,
+    merge_variant,
+    prefill_variant,
+    rms_norm_variant,
+    rope_append_variant,
+)
 
-SHAPES = ((64, 7), (128, 7))  # channels and query heads per KV head of ov-0.5b and ov-7b
+
+class Model(NamedTuple):
+    """What of a language model the kernels are compiled for."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    d: int
+    dtype: torch.dtype = torch.bfloat16
+    qk_norm: bool = False
 
 
-def served_variants(chip: int) -> Iterator[Variant]:
-    """Names begin as those of `aot_variants`, so that its checks apply."""
-    for (d, group), paged in product(SHAPES, (False, True)):
-        name = f"prefill_served_d{d}{'_paged' if paged else ''}"
-        # slots in one run are read by descriptors where the chip has them
-        variant = prefill_variant(
-            name, chip, d=d, group=group, paged=paged, described=chip >= 90 and not paged
-        )
-        yield variant._replace(constants=variant.constants | {"KV_HEADS": 1})
-    for d, group in SHAPES:
-        yield decode_variant(f"decode_served_d{d}", torch.bfloat16, d=d, group=group)
+# those of the README and of the benchmarks, and what Qwen3 has in addition
+MODELS = {
+    "tiny": Model(256, 4, 2, 64),
+    "ov-0.5b": Model(896, 14, 2, 64),
+    "ov-7b": Model(3584, 28, 4, 128),
+    "ov-7b-qk-norm": Model(3584, 28, 4, 128, qk_norm=True),
+}
+
+
+def model_variants(name: str, model: Model, chip: int) -> Iterator[Variant]:
+    d, dtype, group = model.d, model.dtype, model.heads // model.kv_heads
+    yield prefill_variant(f"prefill_contiguous_{name}", chip, d=d, sparse=False, dtype=dtype)
+    yield prefill_variant(f"prefill_paged_{name}", chip, d=d, paged=True, sparse=False, dtype=dtype)
+    yield decode_variant(f"decode_{name}", dtype, d=d, group=group, is_split=False, dtype=dtype)
+    yield decode_variant(f"decode_split_{name}", dtype, d=d, group=group, dtype=dtype)
+    yield merge_variant(f"merge_lse_{name}", d=d, dtype=dtype)
+    for residual in (False, True):
+        kind = "residual" if residual else "first"
+        yield rms_norm_variant(f"rms_norm_{kind}_{name}", width=model.hidden, residual=residual, dtype=dtype)
+    yield rope_append_variant(
+        f"rope_append_{name}", heads=model.heads, kv_heads=model.kv_heads, d=d,
+        normed=model.qk_norm, dtype=dtype,
+    )  # fmt: skip
+
+
+def served_variants(chip: int, dtype: torch.dtype = torch.bfloat16) -> Iterator[Variant]:
+    """Each once, however many models share it. Checkpoints are served in their own dtype by default."""
+    seen: list[Variant] = []
+    suffix = {torch.bfloat16: "", torch.float16: "_fp16", torch.float32: "_fp32"}[dtype]
+    for name, model in MODELS.items():
+        for variant in model_variants(name + suffix, model._replace(dtype=dtype), chip):
+            if all(other != variant._replace(name=other.name) for other in seen):
+                seen.append(variant)
+                yield variant

@@ -1,4 +1,7 @@
-"""Kernels compiled for chips that are not there: no spills, shared memory, tensor cores, async copies."""
+"""Kernels compiled for chips that are not there: no spills, shared memory, tensor cores, async copies.
+
+What serving launches is compiled in the quick set, every other variant in the slow one.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +9,27 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mmserve.kernels.aot import SHARED_LIMIT
+from mmserve.kernels.aot import SHARED_LIMIT, compile_ahead
+from tests.attention.served_variants import served_variants
+from tests.kernels.aot_program import variants
 
 ROOT = Path(__file__).parent.parent.parent
+CHIPS = sorted(SHARED_LIMIT)
+Found = dict[str, Any]
 
 
-def compiled(folder: Path, *words: str) -> list[dict[str, Any]]:
-    """What tests/kernels/aot_variants.py says of these chips and variants; a process without interpreter."""
+def compiled(folder: Path, *words: str) -> list[Found]:
+    """What tests/kernels/aot_program.py says to these words; a process without interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(folder), "TRITON_DEFAULT_FP_FUSION": "1"}
     process = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.aot_variants", *words],
+        [sys.executable, "-m", "tests.kernels.aot_program", *words],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -31,30 +39,54 @@ def compiled(folder: Path, *words: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in process.stdout.splitlines()]
 
 
-def check(variants: list[dict[str, Any]]) -> None:
-    for variant in variants:
-        name, chip = variant["name"], variant["chip"]
-        said = f"{name} on sm_{chip}: {variant}"
+def check(found: list[Found]) -> None:
+    for variant in found:
+        said = f"{variant['name']} on sm_{variant['chip']}: {variant}"
         assert variant["stack_bytes"] == 0, said
-        assert variant["shared_bytes"] <= SHARED_LIMIT[chip], said
-        if name.startswith("prefill"):
+        assert variant["shared_bytes"] <= SHARED_LIMIT[variant["chip"]], said
+        if variant["products"] == "own":
             assert variant["tensor_core_instructions"] > 0, said
-        elif name.startswith("decode"):
-            # 16 rows of queries are too few for a warp group: mma.sync on every chip
-            assert variant["mma_instructions"] > 0, said
-        if name.startswith(("prefill", "decode")):
+        elif variant["products"] == "any":
+            assert variant["tensor_core_instructions"] + variant["mma_instructions"] > 0, said
+        if variant["copies"]:
             assert variant["async_copies"] > 0, said
+        assert (variant["descriptor_copies"] > 0) == variant["described"], said
 
 
-def test_the_main_variants_compile(tmp_path: Path) -> None:
-    found = compiled(tmp_path, "90", "prefill_paged", "decode", "merge_lse")
-    assert [variant["name"] for variant in found] == ["prefill_paged", "decode", "merge_lse"]
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
+    """All chips in one process: starting it takes as long as some variants."""
+    return compiled(tmp_path_factory.mktemp("triton"), "served")
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_what_serving_launches_compiles(served: list[Found], chip: int) -> None:
+    found = [variant for variant in served if variant["chip"] == chip]
+    assert [variant["name"] for variant in found] == [variant.name for variant in served_variants(chip)]
     check(found)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", sorted(SHARED_LIMIT))
+@pytest.mark.parametrize("chip", CHIPS)
 def test_every_variant_compiles(tmp_path: Path, chip: int) -> None:
-    found = compiled(tmp_path, str(chip))
-    assert len(found) >= 18
+    found = compiled(tmp_path, "all", str(chip))
+    assert [variant["name"] for variant in found] == [variant.name for variant in variants("all", chip)]
     check(found)
+
+
+def test_no_two_variants_have_one_name() -> None:
+    for chip in CHIPS:
+        assert max(Counter(variant.name for variant in variants("all", chip)).values()) == 1
+
+
+def test_an_argument_without_a_type_is_found() -> None:
+    variant = next(served_variants(90))
+    with pytest.raises(ValueError, match="but k_ptr has none"):
+        compile_ahead(
+            variant.kernel,
+            {name: kind for name, kind in variant.arguments.items() if name != "k_ptr"},
+            variant.constants,
+            capability=90,
+            num_warps=4,
+            num_stages=2,
+        )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mmserve.kernels.paged_decode import naive_pages, triton
+from mmserve.kernels.paged_decode import naive_pages, paged_decode, triton
 from mmserve.kernels.paged_decode.naive_pages import PageScales
 from tests.kernels import bf16_shim
 
@@ -39,13 +39,13 @@ def random(*shape: int, seed: int) -> Tensor:
 
 
 def poison(pages: Tensor, cache: Cache) -> Tensor:
-    """nan in every slot that no head has."""
+    """nan in every slot, of pages [pages, page_size, ...], that no head has."""
     page_size = pages.shape[1]
     used = torch.zeros(pages.shape[:2], dtype=torch.bool)
     for table, length in zip(cache.tables.flatten(0, 1), cache.lengths.flatten().tolist(), strict=True):
         slots = torch.arange(length)
         used[table[slots // page_size].long(), slots % page_size] = True
-    return pages.masked_fill(~used[..., None], torch.nan)
+    return pages.masked_fill(~used.view(*used.shape, *[1] * (pages.ndim - 2)), torch.nan)
 
 
 def assert_same(found: naive_pages.Decoded, expected: naive_pages.Decoded, tolerance: float) -> None:
@@ -74,6 +74,8 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.float16, 4, 72, 32, 2, 16),
         (torch.float16, 7, 64, 8, 5, 32),
         (torch.float16, 20, 16, 24, 2, 64),
+        (torch.float16, 1, 256, 16, 2, 16),
+        (torch.float16, 4, 200, 32, 1, 32),
         (torch.bfloat16, 4, 16, 8, 1, 16),
         (torch.bfloat16, 7, 128, 32, 2, 64),
     ],
@@ -99,14 +101,16 @@ Kind = Literal["int8", "int4", "fp8"]
 
 
 @pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "group"), [(torch.float16, 1), (torch.float16, 7), (torch.bfloat16, 4)], ids=str
+)
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("key_axis", ["slot", "channel"])
 @pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
 def test_quantized_pages_equal_oracle(
-    kind: Kind, key_axis: Literal["slot", "channel"], zeros: bool, dtype: torch.dtype
+    kind: Kind, key_axis: Literal["slot", "channel"], zeros: bool, dtype: torch.dtype, group: int
 ) -> None:
-    page_size, d, group = 16, 40, 4
+    page_size, d = 16, 40
     cache = make_cache(page_size, max_pages=3)
     generator = torch.Generator().manual_seed(5)
     pages = []
@@ -126,12 +130,16 @@ def test_quantized_pages_equal_oracle(
     k_scale, v_scale = (
         (1.5 + random(*shape, seed=7)) / 2.5 / largest for shape in (k_shape, (cache.pages, page_size))
     )
+    k_zero, v_zero = random(*k_shape, seed=8), random(cache.pages, page_size, seed=9)
+    v_scale, v_zero = poison(v_scale, cache), poison(v_zero, cache)
+    if key_axis == "slot":
+        k_scale, k_zero = poison(k_scale, cache), poison(k_zero, cache)
     scales = PageScales(
         key_axis=key_axis,
         k_scale=k_scale,
         v_scale=v_scale,
-        k_zero=random(*k_shape, seed=8) if zeros else None,
-        v_zero=random(cache.pages, page_size, seed=9) if zeros else None,
+        k_zero=k_zero if zeros else None,
+        v_zero=v_zero if zeros else None,
     )
     q = random(2, KV_HEADS * group, d, seed=0).to(dtype)
     k, v = pages
@@ -163,6 +171,18 @@ def test_oracle_equals_plain_attention() -> None:
         # the largest weight times exp(LSE) is exp of the largest score
         top = (rows @ keys.T * 0.3).max(-1).values
         torch.testing.assert_close(weights.max(-1).values.log() + lse[sequence, head * 3 : head * 3 + 3], top)
+
+
+def test_dispatch_keeps_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = make_cache(8)
+    q = random(2, KV_HEADS * 4, 16, seed=0).half()
+    k, v = (poison(random(cache.pages, 8, 16, seed=seed), cache).half() for seed in (1, 2))
+    expected = naive_pages.paged_decode(q, k, v, cache.tables, cache.lengths, scale=0.3, mass=True)
+    for choice in ("naive", "interpret"):
+        monkeypatch.setenv("MMSERVE_KERNELS", choice)
+        found = paged_decode(q, k, v, cache.tables, cache.lengths, scale=0.3, mass=True)
+        assert found.out.dtype == torch.float16
+        assert_same(found, expected, 1e-3)
 
 
 def test_splits_fill_the_device_and_no_more() -> None:

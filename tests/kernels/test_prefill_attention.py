@@ -176,6 +176,20 @@ def test_random_tiles_equal_dense_attention_under_their_union(seed: int, group: 
     assert_same(paged, expected, 1e-5)
 
 
+@settings(max_examples=6, deadline=None, derandomize=True, database=None)
+@given(st.integers(0, 10**6), st.sampled_from([1, 4]), st.booleans(), st.booleans())
+def test_random_tiles_in_the_kernel_equal_dense_attention_too(
+    seed: int, group: int, permuted: bool, paged: bool
+) -> None:
+    case = random_case(seed, group=group, permuted=permuted)
+    q, k, v = batch(case, group, 8, torch.float16)
+    expected, tables = union_attention(q, k, v, case, 0.5), None
+    if paged:
+        (k, tables), (v, _) = (paginate(kv, case, seed) for kv in (k, v))
+    found = kernel(q, k, v, case.index, scale=0.5, tables=tables, out=poisoned(q))
+    assert_same(found, expected, 1e-3)
+
+
 @pytest.mark.parametrize("paged", [False, True])
 @pytest.mark.parametrize(
     ("seed", "group", "d", "permuted", "dtype"),
@@ -233,6 +247,32 @@ def causal_case(row_counts: list[int], key_lengths: list[int], group: int, tile_
     return Case(index, key_lengths, visible, row_counts)
 
 
+@pytest.mark.parametrize("d", [8, 40, 56, 72, 80, 96, 120, 128, 184, 200, 248, 256])
+@pytest.mark.parametrize("paged", [False, True])
+def test_heads_may_be_any_multiple_of_8_wide(d: int, paged: bool) -> None:
+    case = causal_case([3, 17], [9, 17], 1, 16)
+    q, k, v = batch(case, 1, d, torch.float16)
+    expected, tables = union_attention(q, k, v, case, d**-0.5), None
+    if paged:
+        (k, tables), (v, _) = (paginate(kv, case, d) for kv in (k, v))
+    found = kernel(q, k, v, case.index, scale=d**-0.5, tables=tables, out=poisoned(q))
+    assert_same(found, expected, 1e-3)
+
+
+@pytest.mark.parametrize("group", [1, 4, 7])
+@pytest.mark.parametrize("paged", [False, True])
+def test_sequences_of_no_key_and_of_one(group: int, paged: bool) -> None:
+    case = causal_case([2, 1, 3], [0, 1, 3], group, 16)
+    q, k, v = batch(case, group, 16, torch.float16)
+    expected, tables = union_attention(q, k, v, case, 0.25), None
+    if paged:
+        (k, tables), (v, _) = (paginate(kv, case, 1) for kv in (k, v))
+    found = kernel(q, k, v, case.index, scale=0.25, tables=tables, out=poisoned(q))
+    assert_same(found, expected, 1e-3)
+    assert found.out[:2].eq(0).all()
+    assert found.lse[:2].eq(-torch.inf).all()
+
+
 @pytest.mark.parametrize("described", [False, True])
 @pytest.mark.parametrize(("group", "tile_rows", "block"), [(1, 16, 16), (4, 13, 32)])
 def test_dense_is_causal_attention(
@@ -271,6 +311,17 @@ def test_a_chunk_and_its_cached_prefix_merge_to_the_whole() -> None:
         ]
         merged = merge_lse(torch.stack([p.out for p in parts]), torch.stack([p.lse for p in parts]))
         assert_same(merged, Partial(expected.out[cut:], expected.lse[cut:]), 1e-5)
+
+
+@pytest.mark.parametrize("cut", [1, 7, 8, 9, 16, 34])
+def test_a_chunk_behind_its_prefix_in_pages_gives_the_rows_of_the_whole(cut: int) -> None:
+    whole = causal_case([35], [35], 2, 16)
+    q, k, v = batch(whole, 2, 16, torch.float16)
+    expected = union_attention(q, k, v, whole, 0.25)
+    (k, tables), (v, _) = (paginate(kv, whole, cut) for kv in (k, v))
+    chunk = dense_index([35 - cut], [35], q_heads=KV_HEADS * 2, kv_heads=KV_HEADS, tile_rows=16)
+    found = kernel(q[cut:], k, v, chunk, scale=0.25, tables=tables, out=poisoned(q[cut:]))
+    assert_same(found, Partial(expected.out[cut:], expected.lse[cut:]), 1e-3)
 
 
 @pytest.mark.parametrize("run", [naive.prefill_attention, kernel])

@@ -102,6 +102,21 @@ def test_slots_in_scattered_runs_and_heads_of_different_lengths(threads: int) ->
         torch.testing.assert_close(found[:, 2 * head : 2 * head + 2].double(), expected, rtol=1e-2, atol=1e-2)
 
 
+def test_threads_and_runs_do_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(3)
+    rows, length, d = 40, 700, 64
+    q = torch.randn(1, rows, 7, d).to(BF16)
+    k, v = (torch.randn(length, d).to(BF16) for _ in range(2))
+    one = (torch.tensor([0]), torch.tensor([length], dtype=torch.int32), torch.tensor([0, 1]))
+    expected = prefill_attention(q, k, v, *one, scale=0.125, is_causal=True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    slots = torch.randperm(length)
+    scattered_k, scattered_v = (torch.empty_like(pages).index_copy_(0, slots, pages) for pages in (k, v))
+    single = (slots, torch.ones(length, dtype=torch.int32), torch.tensor([0, length]))
+    found = prefill_attention(q, scattered_k, scattered_v, *single, scale=0.125, is_causal=True)
+    assert torch.equal(found, expected)
+
+
 def test_heads_side_by_side_in_every_row_are_read_where_they_lie() -> None:
     """Tokens of pictures, as a vision tower has them: [B, N, H, d], every token sees its picture."""
     torch.manual_seed(2)

@@ -156,7 +156,7 @@ def select_columns(
 ) -> Columns:
     """As `pattern_index.select_columns`; all tensors are contiguous."""
     settings = checked(q, k, row_order, key_order)
-    assert key_end.dtype == torch.int32, "one end per block"
+    assert key_end.dtype == torch.int32, "ends are int32"
     assert len(key_end) == triton.cdiv(len(q), block), "one end per block"
     mean_q, heads = pool_rows(q, block), q.shape[1]
     rows = len(mean_q)

@@ -211,10 +211,10 @@ def cluster_tokens(x: Tensor, begins: Tensor, counts: Tensor, *, neighbours: int
     """As `token_merge.cluster_tokens`; all tensors are contiguous. Needs 4 * G * max_size^2 bytes."""
     tokens, d = x.shape
     groups = len(counts)
-    assert x.is_contiguous(), "begins and counts are int32"
+    assert x.is_contiguous(), "x is contiguous"
     assert begins.dtype == counts.dtype == torch.int32, "begins and counts are int32"
-    assert len(begins) == groups + 1, "groups fit one program"
-    assert max_size <= MAX_SIZE, "groups fit one program"
+    assert len(begins) == groups + 1, "one count per group"
+    assert max_size <= MAX_SIZE, f"Expected groups of up to {MAX_SIZE} tokens, but got {max_size}"
     rank, cluster = (torch.empty(tokens, dtype=torch.int32, device=x.device) for _ in range(2))
     if tokens == 0:
         return Clusters(rank, cluster)
@@ -240,7 +240,7 @@ def merge_weights(
 ) -> Tensor:
     """As `token_merge.merge_weights`; all tensors are contiguous."""
     assert weights.dtype == torch.float32, "weights are fp32"
-    assert max_size <= MAX_SIZE, "weights are fp32"
+    assert max_size <= MAX_SIZE, f"Expected groups of up to {MAX_SIZE} tokens, but got {max_size}"
     shares = torch.empty_like(weights)
     block = triton.next_power_of_2(max_size)
     if weights.numel():

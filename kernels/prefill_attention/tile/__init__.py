@@ -1,0 +1,1 @@
+"""What one program of the prefill kernel does with its tile."""

@@ -90,7 +90,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         if self.top_p == 0:
             raise BadRequest("Expected top_p of above 0, but got 0")
         if self.n > 1 and self.temperature == 0:
-            raise BadRequest(f"Expected n of 1 with temperature 0, which has one answer, but got {self.n}")
+            given = f"but got {self.n}; temperature is 0 unless it is given"
+            raise BadRequest(f"Expected n of 1 with temperature 0, which has one answer, {given}")
         if self.min_tokens > self.max_tokens:
             raise BadRequest(
                 f"Expected min_tokens of at most max_tokens, {self.max_tokens}, but got {self.min_tokens}"

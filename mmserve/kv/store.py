@@ -20,9 +20,9 @@ from mmserve.models.rope import rope_angles, rotate
 CACHE_LINE = 64  # bytes
 
 
-def num_pages_for(memory_bytes: int, *, page_size: int, head_dim: int, dtype: torch.dtype) -> int:
-    """How many pages (K and V of `page_size` slots of one head) fit into this much memory."""
-    return memory_bytes // (2 * page_size * head_dim * dtype.itemsize)
+def page_bytes(*, page_size: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of a page: K and V of `page_size` slots of one head."""
+    return 2 * page_size * head_dim * dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,9 +15,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from mmserve.errors import MediaError
-from mmserve.media.image import UnreadableImage, describe, opened, resized, upright_pixels, within
+from mmserve.media.image import UnreadableImage, describe, opened, resized, upright_pixels
 from mmserve.media.limits import MediaLimits
-from mmserve.media.plan import MediaPlan, check_options, sample
+from mmserve.media.plan import MediaPlan, check_options, sample, within
 from mmserve.request import MediaOptions
 
 _CHUNK = struct.Struct("<4sI")

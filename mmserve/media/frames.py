@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from mmserve.errors import BadRequest, MediaError
 from mmserve.media.framelist import DEFAULT_FPS, Entry, read_index
-from mmserve.media.image import UnreadableImage, decode_image, describe, image_size, resized, within
+from mmserve.media.image import UnreadableImage, decode_image, describe, image_size, resized
 from mmserve.media.limits import MediaLimits
-from mmserve.media.plan import MAX_FPS, MediaPlan, check_options, sample
+from mmserve.media.plan import MAX_FPS, MediaPlan, check_options, sample, within
 from mmserve.request import MediaRef
 
 _TICK_S = 1e-6

@@ -5,7 +5,6 @@ Runs inside the decoding sandbox. Knows nothing about processes or models.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,14 +80,6 @@ def upright_pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
     if orientation in _UNDO:
         rgb = rgb.transpose(_UNDO[orientation])
     return np.array(rgb, dtype=np.uint8)
-
-
-def within(width: int, height: int, max_pixels: int | None) -> tuple[int, int]:
-    """A frame's size: its own, or the largest of the same shape within `max_pixels`."""
-    if max_pixels is None or width * height <= max_pixels:
-        return width, height
-    scale = math.sqrt(max_pixels / (width * height))
-    return max(1, math.floor(width * scale)), max(1, math.floor(height * scale))
 
 
 def resized(pixels: npt.NDArray[np.uint8], width: int, height: int) -> npt.NDArray[np.uint8]:

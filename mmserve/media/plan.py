@@ -82,6 +82,14 @@ def check_options(options: MediaOptions, limits: MediaLimits) -> None:
         raise BadRequest(f"Expected fps above 0 and at most {MAX_FPS:g}, but got {options.fps}")
 
 
+def within(width: int, height: int, max_pixels: int | None) -> tuple[int, int]:
+    """A frame's size: its own, or the largest of the same shape within `max_pixels`."""
+    if max_pixels is None or width * height <= max_pixels:
+        return width, height
+    scale = math.sqrt(max_pixels / (width * height))
+    return max(1, math.floor(width * scale)), max(1, math.floor(height * scale))
+
+
 def sample_count(total: int, count: int) -> npt.NDArray[np.int64]:
     """`count` indices spread over `total` frames as transformers spreads them; all when there are fewer."""
     count = min(count, total)

@@ -6,7 +6,6 @@ Knows nothing about processes, deadlines or models.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from fractions import Fraction
@@ -31,7 +30,7 @@ from mmserve.media.container import (
     shown_at,
 )
 from mmserve.media.limits import MediaLimits
-from mmserve.media.plan import MediaPlan, VideoIndex, VideoPlan, check_options, sample
+from mmserve.media.plan import MediaPlan, VideoIndex, VideoPlan, check_options, sample, within
 from mmserve.request import MediaOptions
 
 Ticks = npt.NDArray[np.int64]
@@ -53,7 +52,9 @@ def plan_video(path: str | Path, options: MediaOptions, limits: MediaLimits) -> 
         chosen = _choose(index, times, end_s, tick, options, limits)
         turn = probe_turn(container, stream, limits)
         full = _upright_size(stream, turn)
-        width, height = _scaled(*full, options.max_pixels)
+        # the model's own square is not made here, though it would be smaller: FFmpeg's filters differ from
+        # Pillow's by up to 40 levels, and Pillow takes longer for a frame than the decoder for all else
+        width, height = within(*full, options.max_pixels)
         limits.check_size(width, height)
         limits.check_frames(chosen.size, width, height)
         duration_s = end_s - float(times[0])
@@ -150,15 +151,3 @@ def _choose(
 def _upright_size(stream: VideoStream, turn: Turn) -> tuple[int, int]:
     width, height = stream.codec_context.width, stream.codec_context.height
     return (height, width) if turn[0] else (width, height)
-
-
-def _scaled(width: int, height: int, max_pixels: int | None) -> tuple[int, int]:
-    """The size of frames: theirs, or the largest of the same shape within `max_pixels`.
-
-    The model's own square is not made here, though it would be smaller: FFmpeg's filters differ from
-    Pillow's by up to 40 levels, and Pillow takes longer to resize a frame than the decoder for all else.
-    """
-    if max_pixels is None or width * height <= max_pixels:
-        return width, height
-    scale = math.sqrt(max_pixels / (width * height))
-    return max(1, math.floor(width * scale)), max(1, math.floor(height * scale))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import os
 import signal
@@ -141,7 +142,9 @@ async def answer_until_stopped(
     )
     url = _url(listener)
     page = await _start_demo(url, config) if api.demo else None
-    logger.info("listening", extra={"ready": True, "url": url})
+    logger.info("listening", extra={"ready": pipeline.is_ready, "url": url})
+    if not config.api_key and not _is_loopback(listener):
+        logger.warning("anybody on the network can use this server: give it an api_key")
     if page is not None:
         logger.info("demo page", extra={"url": f"http://127.0.0.1:{DEMO_PORT}"})
     await serve(make_server(app, limits), app.state.door, listener)
@@ -149,6 +152,10 @@ async def answer_until_stopped(
         page.terminate()
     # inside the loop's life: the last updates are delivered to it
     await asyncio.to_thread(pipeline.close)
+
+
+def _is_loopback(listener: socket.socket) -> bool:
+    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 
 def _url(listener: socket.socket) -> str:

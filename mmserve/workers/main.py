@@ -129,7 +129,7 @@ def _language_handler(
     import torch
 
     from mmserve.engine.runner import Runner
-    from mmserve.kv.store import PageStore, num_pages_for
+    from mmserve.kv.store import PageStore, page_bytes
     from mmserve.kv.table import PageTable
     from mmserve.models.chat import ChatFormat
     from mmserve.models.loader import load_decoder
@@ -137,9 +137,14 @@ def _language_handler(
 
     text, chat = checkpoint.text, ChatFormat.from_model_dir(checkpoint.path)
     decoder, device = load_decoder(checkpoint), torch.device(checkpoint.device)
-    pages = num_pages_for(
-        _kv_memory(config, device), page_size=config.page_size, head_dim=text.head_dim, dtype=checkpoint.dtype
-    )
+    kv_memory = _kv_memory(config, device)
+    one = page_bytes(page_size=config.page_size, head_dim=text.head_dim, dtype=checkpoint.dtype)
+    pages = kv_memory // one
+    if pages < text.layers * text.kv_heads:
+        least = text.layers * text.kv_heads * one
+        raise ConfigError(
+            f"Expected kv_memory of at least {least} bytes, a page of every head, but got {kv_memory}"
+        )
     runner = Runner(
         decoder,
         PageTable(text.layers, text.kv_heads, pages, config.page_size),

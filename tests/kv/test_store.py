@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmserve.errors import WireError
-from mmserve.kv.store import PageStore, num_pages_for
+from mmserve.kv.store import PageStore, page_bytes
 from mmserve.kv.table import OutOfPages, PageTable
 from mmserve.models.rope import rope_angles, rope_frequencies, rotate
 
@@ -43,7 +43,7 @@ def test_copies_may_overlap() -> None:
 def test_memory_is_counted_in_pages() -> None:
     store = PageStore(3, 32, 64, torch.bfloat16)
     assert store.page_bytes == 2 * 32 * 64 * 2
-    assert num_pages_for(10 * store.page_bytes + 1, page_size=32, head_dim=64, dtype=torch.bfloat16) == 10
+    assert page_bytes(page_size=32, head_dim=64, dtype=torch.bfloat16) == store.page_bytes
 
 
 def rotated(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

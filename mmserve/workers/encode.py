@@ -176,7 +176,8 @@ class EncodeHandler:
         short = list(filter(_has_work, self._short))
         jobs = [*decoding, *short] if self._is_long_first else [*short, *decoding]
         ready = [job for job in jobs if job.pixels is not None or self._is_ready(job)]
-        for job in ready or jobs[:1]:
+        alive = [job for job in jobs if self._flights.get(job.flight) is job]  # asking may have ended one
+        for job in ready or alive[:1]:
             if job.pixels is None:
                 self._advance(job)
             if job.pixels is not None and (len(job.pixels) <= left or not batch):

@@ -44,6 +44,7 @@ class FakeSandbox:
     plans: list[MediaRef] = field(default_factory=list)
     decoded: list[tuple[int, ...]] = field(default_factory=list)
     slow: set[str] = field(default_factory=set)  # digests of files that are never ready
+    unready: set[str] = field(default_factory=set)  # digests of files that cannot even be asked about
     asked: list[str] = field(default_factory=list)  # files of the segments that were waited for
     closed: int = 0
     error: Exception | None = None
@@ -90,6 +91,8 @@ class FakeSegments:
         return self.sandbox.decode(self.ref, self.plan, self.left.pop(0))
 
     def is_ready(self) -> bool:
+        if self.ref.digest in self.sandbox.unready:
+            raise MediaError("The decoder is gone")
         return self.ref.digest not in self.sandbox.slow
 
     def close(self) -> None:
@@ -438,6 +441,17 @@ def test_what_waits_for_a_decoder_holds_up_nothing_else(tmp_path: Path) -> None:
     encoder.ask("quick", digest="quick")
     assert [item.request_id for item in encoder.run()] == ["quick", "slow"]
     assert encoder.sandbox.asked[0] == "quick", "not even the first segment is waited for"
+
+
+def test_an_item_that_cannot_be_asked_about_fails_once_and_alone(tmp_path: Path) -> None:
+    encoder = Encoder(tmp_path, unready={"bad"})
+    encoder.ask("bad", digest="bad")
+    encoder.ask("good", digest="good")
+    assert [item.request_id for item in encoder.run()] == ["good"]
+    assert [event.request_id for event in encoder.reporter.of(m.RequestFailed)] == ["bad"]
+    encoder.ask("alone", digest="bad")
+    assert encoder.run() == []
+    assert len(encoder.reporter.of(m.RequestFailed)) == 2
 
 
 def test_a_large_photo_does_not_wait_for_a_long_video_either(

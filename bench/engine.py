@@ -6,7 +6,6 @@ Knows nothing about how a side works.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
@@ -15,14 +14,12 @@ from pathlib import Path
 
 import msgspec
 import torch
-import typer
-from rich.console import Console
 
 from mmserve.bench.agreement import check_exactly, check_nearly
 from mmserve.bench.bound import copy_bandwidth, kv_bytes_per_token, step_bytes
 from mmserve.bench.geometry import build_config, checkpoint, geometry
 from mmserve.bench.pairing import Json, Measure, Metric, alternate, row
-from mmserve.bench.report import document, table
+from mmserve.bench.report import Tell, deliver, document
 from mmserve.bench.requests import QUESTIONS, Ask
 from mmserve.bench.side import PEERS, Job, RemoteSide, Side, SideConfig
 from mmserve.errors import BadRequest
@@ -51,7 +48,6 @@ GOALS = {"ttft": 2.0, "decode_1": 2.0, "decode_16": 5.0}
 BANDWIDTH_GATES = {"ov-7b": 0.75, "ov-0.5b": 0.4}  # on a GPU, of a step at batch 1
 
 OpenSide = Callable[[str, SideConfig], AbstractContextManager[Side]]
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -311,16 +307,7 @@ def run(plan: Plan, open_side: OpenSide = RemoteSide, tell: Tell = lambda line: 
 
 
 def command(plan: Plan, json_out: Path | None) -> None:
-    """Run, with progress and the table on stderr; `json_out` "-" prints the report."""
-    alone = json_out is not None and str(json_out) == "-"
-    if json_out is not None and not alone and not json_out.resolve().parent.is_dir():
-        raise BadRequest(f"Expected a file in a folder that exists, but got {json_out}")
-    report = run(plan, tell=lambda line: typer.echo(line, err=True))
-    Console(stderr=True).print(table(report["rows"]))
-    if alone:
-        typer.echo(json.dumps(report))
-    elif json_out is not None:
-        json_out.write_text(json.dumps(report) + "\n", encoding="utf-8")
+    deliver(lambda tell: run(plan, tell=tell), json_out)
 
 
 def _warm_up(session: Session) -> list[Json]:

@@ -7,7 +7,6 @@ on one core, where nothing hides work. Knows nothing about models.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import tempfile
 import time
@@ -21,13 +20,11 @@ from statistics import median
 import av
 import numpy as np
 import numpy.typing as npt
-import typer
 from av.video.stream import VideoStream
-from rich.console import Console
 
 from mmserve.bench.geometry import default_cache_dir
 from mmserve.bench.pairing import Json, Measure, Metric, alternate, row
-from mmserve.bench.report import document, table
+from mmserve.bench.report import Tell, deliver, document
 from mmserve.errors import BadRequest, MMServeError
 from mmserve.media.limits import MediaLimits
 from mmserve.media.pool import SandboxPool
@@ -35,7 +32,6 @@ from mmserve.request import MediaOptions, MediaRef
 
 Frames = Sequence[npt.NDArray[np.uint8]]
 Read = Callable[[Path, int], Frames]  # a video and how many frames of it
-Tell = Callable[[str], None]
 
 LIBRARIES = {"pyav": "av", "decord": "decord", "torchcodec": "torchcodec"}
 GATE = 1 / 1.15  # of the quickest peer's speed
@@ -146,16 +142,7 @@ def run(plan: Plan, tell: Tell = lambda line: None) -> Json:
 
 
 def command(plan: Plan, json_out: Path | None) -> None:
-    """Run, with progress and the table on stderr; `json_out` "-" prints the report."""
-    alone = json_out is not None and str(json_out) == "-"
-    if json_out is not None and not alone and not json_out.resolve().parent.is_dir():
-        raise BadRequest(f"Expected a file in a folder that exists, but got {json_out}")
-    report = run(plan, tell=lambda line: typer.echo(line, err=True))
-    Console(stderr=True).print(table(report["rows"]))
-    if alone:
-        typer.echo(json.dumps(report))
-    elif json_out is not None:
-        json_out.write_text(json.dumps(report) + "\n", encoding="utf-8")
+    deliver(lambda tell: run(plan, tell=tell), json_out)
 
 
 def _measure_cell(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import typer
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mmserve.errors import BadRequest
 from mmserve.evaluation.report import commit, machine
 
 Json = dict[str, Any]
+Tell = Callable[[str], None]
 
 
 def document(bench: str, settings: Json, rows: Sequence[Json]) -> Json:
@@ -22,6 +28,19 @@ def document(bench: str, settings: Json, rows: Sequence[Json]) -> Json:
         "settings": settings,
         "rows": list(rows),
     }
+
+
+def deliver(measure: Callable[[Tell], Json], json_out: Path | None) -> None:
+    """Measure, with progress and the table on stderr; `json_out` "-" prints the report."""
+    alone = json_out is not None and str(json_out) == "-"
+    if json_out is not None and not alone and not json_out.resolve().parent.is_dir():
+        raise BadRequest(f"Expected a file in a folder that exists, but got {json_out}")
+    report = measure(lambda line: typer.echo(line, err=True))
+    Console(stderr=True).print(table(report["rows"]))
+    if alone:
+        typer.echo(json.dumps(report))
+    elif json_out is not None:
+        json_out.write_text(json.dumps(report) + "\n", encoding="utf-8")
 
 
 def table(rows: Sequence[Json]) -> Table:

@@ -260,15 +260,14 @@ def _work(job: _Job) -> ItemWork:
 
 def _open_item(command: m.EncodeMedia, known: Known, tools: Tools, clock: Clock) -> ItemWork:
     """Begin an item, and say what is to be expected of it."""
-    plan, geometry = known.plan, tools.geometry
     work: ImageWork | VideoWork
     if command.media.modality == "image":
         work = ImageWork(command, known, tools, clock)
-        bound = geometry.image_tokens(plan.height, plan.width, 1 if command.is_only_image else 2)
+        bound = work.tokens
         missing: tuple[int, ...] = ()
     else:
         work = VideoWork(command, known, tools, clock)
-        bound = pruner_of(command.methods).plan(plan.num_frames, geometry.frame_tokens) + 1
+        bound = pruner_of(command.methods).plan(known.plan.num_frames, tools.geometry.frame_tokens) + 1
         missing = tuple(sorted(work.missing))
     tools.reporter.emit(
         m.MediaPlanned(

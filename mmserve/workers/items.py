@@ -200,9 +200,10 @@ class ImageWork(Work):
     def __init__(self, command: m.EncodeMedia, known: Known, tools: Tools, clock: Clock) -> None:
         super().__init__(command, known, tools, clock)
         self._size = known.plan.height, known.plan.width
-        self._num_crops = tools.geometry.image_crops(*self._size, 1 if command.is_only_image else 2)
-        tokens = tools.geometry.image_tokens(*self._size, 1 if command.is_only_image else 2)
-        self._row = tools.cache.get(self.keys[0], tokens=tokens, tenant=command.salt)
+        images = 1 if command.is_only_image else 2
+        self._num_crops = tools.geometry.image_crops(*self._size, images)
+        self.tokens = tools.geometry.image_tokens(*self._size, images)
+        self._row = tools.cache.get(self.keys[0], tokens=self.tokens, tenant=command.salt)
         self._is_published = False
         self.crops = 0 if self._row is not None else self._num_crops
 

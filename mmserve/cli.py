@@ -239,7 +239,8 @@ def evaluate(
     limit: Annotated[int, typer.Option(help="Questions of each suite.", min=1, metavar="N")] = 100,
     suite_seed: Annotated[int, typer.Option(help="Another seed, other clips.", min=0, metavar="N")] = 0,
     outputs: Annotated[
-        Path | None, typer.Option(help="Write a JSON line per question and setting.", metavar="F")
+        Path | None,
+        typer.Option(help="A JSON line per question and setting; continued if it exists.", metavar="F"),
     ] = None,
     json_out: Annotated[
         Path | None, typer.Option("--json", help="Write the report as JSON; - prints it.", metavar="OUT")

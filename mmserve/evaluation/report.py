@@ -5,7 +5,6 @@ Pure arithmetic on outcomes, JSON rows and a Markdown table. Knows nothing about
 
 from __future__ import annotations
 
-import math
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from mmserve.evaluation.significance import clustered_stderr, paired_p_value
 from mmserve.request import Methods, Timings, Usage
 
 Json = dict[str, Any]
@@ -22,10 +22,14 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """One question under one setting. A failed question is wrong and has no counts."""
+    """One question under one setting. A failed question is wrong and has no counts.
+
+    Questions about the same `clip` are not independent of each other.
+    """
 
     question_id: str
     kind: str
+    clip: str
     correct: bool
     usage: Usage | None = None
     timings_ms: Timings | None = None
@@ -69,19 +73,26 @@ def row(
 ) -> Json:
     """One row of the report. Ratios below 1 mean less work than the dense run of the same questions."""
     correct = [outcome.correct for outcome in outcomes]
-    accuracy, dense_accuracy = _share(correct), _share([outcome.correct for outcome in dense])
+    expected = [outcome.correct for outcome in dense]
+    accuracy, dense_accuracy = _share(correct), _share(expected)
+    clips = [outcome.clip for outcome in outcomes]
+    differences = [float(ours) - float(base) for ours, base in zip(correct, expected, strict=True)]
+    is_dense = methods == Methods()
     pairs = [(ours.usage, base.usage) for ours, base in zip(outcomes, dense, strict=True)]
     both = [(ours, base) for ours, base in pairs if ours is not None and base is not None]
     kinds = sorted({outcome.kind for outcome in outcomes})
     return {
         "suite": suite,
         "settings": msgspec.to_builtins(methods),
-        "dense": methods == Methods(),
+        "dense": is_dense,
         "n": len(outcomes),
         "errors": sum(outcome.usage is None for outcome in outcomes),
         "accuracy": round(accuracy, 4),
-        "stderr": round(math.sqrt(accuracy * (1 - accuracy) / max(len(outcomes) - 1, 1)), 4),
+        "stderr": round(clustered_stderr(list(map(float, correct)), clips), 4),
         "accuracy_kept": _ratio(accuracy, dense_accuracy),
+        "accuracy_difference": round(accuracy - dense_accuracy, 4),
+        "difference_stderr": round(clustered_stderr(differences, clips), 4),
+        "p_value": None if is_dense else _significant(paired_p_value(correct, expected, clips)),
         "visual_tokens_kept_ratio": _ratio(
             sum(ours.visual_tokens_kept for ours, _ in both), sum(ours.visual_tokens for ours, _ in both)
         ),
@@ -108,9 +119,9 @@ def document(rows: Sequence[Json]) -> Json:
 
 def markdown(rows: Sequence[Json]) -> str:
     """The rows as a Markdown table; a dash stands where a ratio has no base."""
-    head = ["suite", "prune", "keep", "kv", "budget", "n", "accuracy", "kept"]
+    head = ["suite", "prune", "keep", "kv", "budget", "n", "accuracy", "to dense", "p", "kept"]
     head += ["visual tokens", "FLOPs", "TTFT", "decode", "KV bytes"]
-    lines = [head, ["---", "---", "--:", "---", *["--:"] * 9]]
+    lines = [head, ["---", "---", "--:", "---", *["--:"] * 11]]
     for entry in rows:
         settings = entry["settings"]
         budget = settings["kv_budget"]
@@ -123,6 +134,7 @@ def markdown(rows: Sequence[Json]) -> str:
                 "-" if budget is None else f"{budget:g}",
                 str(entry["n"]),
                 f"{100 * entry['accuracy']:.1f} ± {100 * entry['stderr']:.1f} %",
+                *_against_dense(entry),
                 *(
                     "-" if entry[name] is None else f"{100 * entry[name]:.0f} %"
                     for name in ("accuracy_kept", "visual_tokens_kept_ratio", "flops_ratio")
@@ -134,6 +146,13 @@ def markdown(rows: Sequence[Json]) -> str:
             ]
         )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _against_dense(entry: Json) -> tuple[str, str]:
+    if entry["dense"]:
+        return "-", "-"
+    difference, stderr = 100 * entry["accuracy_difference"], 100 * entry["difference_stderr"]
+    return f"{difference:+.1f} ± {stderr:.1f}", f"{entry['p_value']:.2g}"
 
 
 def machine() -> Json:
@@ -197,6 +216,11 @@ def _median_ratio(
 
 def _share(flags: Sequence[bool]) -> float:
     return sum(flags) / len(flags) if flags else 0.0
+
+
+def _significant(p_value: float) -> float:
+    """Two digits: what decides is how small it is."""
+    return float(f"{p_value:.2g}")
 
 
 def _ratio(ours: float, base: float) -> float | None:

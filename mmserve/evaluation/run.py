@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from mmserve.batch.score import is_correct
 from mmserve.config import MethodDefaults
 from mmserve.errors import BadRequest
 from mmserve.evaluation import report
+from mmserve.evaluation.outputs import Outputs
 from mmserve.evaluation.suites import SUITES, write_suite
 from mmserve.methods import NAMES, Kind, choose_methods
 from mmserve.models.resolve import resolve
@@ -88,30 +89,37 @@ def evaluate(
     open_llm: Callable[[Methods], AbstractContextManager[Submits]],
     geometry: report.Geometry,
     *,
-    outputs: Path | None = None,
+    outputs: Outputs | None = None,
     on_answer: Callable[[], None] = lambda: None,
 ) -> list[Json]:
-    """The report's rows, suite by suite; `outputs` gets a line per question and setting."""
+    """The report's rows, suite by suite. `outputs` gets a line per question and setting.
+
+    What it holds already is not asked again.
+    """
     rows: list[Json] = []
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mmserve-eval-")))
-        lines = stack.enter_context(outputs.open("w", encoding="utf-8")) if outputs else None
+    with tempfile.TemporaryDirectory(prefix="mmserve-eval-") as folder:
         for suite in plan.suites:
-            file = write_suite(suite, folder / suite, plan.limit, plan.seed)
+            file = write_suite(suite, Path(folder) / suite, plan.limit, plan.seed)
             questions = read_questions(file, SamplingParams(max_tokens=MAX_TOKENS))
             dense: list[report.Outcome] = []
             for methods in plan.sweep:
-                with open_llm(methods) as llm:
-                    answers = _ask(questions, LocalAnswerer(llm, methods, plan.options), on_answer)
-                outcomes = [_outcome(question, answer) for question, answer in answers]
+                settings = msgspec.to_builtins(methods)
+                answers = {
+                    question.question_id: known
+                    for question in questions
+                    if outputs and (known := outputs.known(suite, settings, question.question_id))
+                }
+                for _ in answers:
+                    on_answer()
+                todo = [question for question in questions if question.question_id not in answers]
+                for question, answer in _ask(todo, plan, methods, open_llm):
+                    answers[question.question_id] = answer
+                    if outputs is not None:
+                        outputs.append(_output(suite, settings, question, answer))
+                    on_answer()
+                outcomes = [_outcome(question, answers[question.question_id]) for question in questions]
                 dense = dense or outcomes
                 rows.append(report.row(suite, methods, outcomes, dense, geometry))
-                if lines is not None:
-                    lines.writelines(
-                        json.dumps(_output(suite, methods, question, answer)) + "\n"
-                        for question, answer in answers
-                    )
-                    lines.flush()
     return rows
 
 
@@ -128,11 +136,14 @@ def command(
     for target in (outputs, None if alone else json_out):
         if target is not None and not target.resolve().parent.is_dir():
             raise BadRequest(f"Expected a file in a folder that exists, but got {target}")
-    config = json.loads((resolve(model) / "config.json").read_text(encoding="utf-8"))
+    checkpoint = resolve(model)
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     geometry = report.Geometry.from_config(config)
     total = len(plan.suites) * len(plan.sweep) * plan.limit
-    with progress_bar(total, "evaluating") as advance:
-        rows = evaluate(plan, open_llm, geometry, outputs=outputs, on_answer=advance)
+    with ExitStack() as stack:
+        lines = stack.enter_context(Outputs(outputs, _run(plan, checkpoint))) if outputs else None
+        advance = stack.enter_context(progress_bar(total, "evaluating"))
+        rows = evaluate(plan, open_llm, geometry, outputs=lines, on_answer=advance)
     typer.echo(report.markdown(rows), err=alone)
     if json_out is not None:
         document = json.dumps(report.document(rows))
@@ -146,15 +157,25 @@ def command(
     return 1 if failed else 0
 
 
+def _run(plan: Plan, checkpoint: Path) -> Json:
+    """What an answer depends on beside its question and the methods."""
+    from mmserve.models.loader import weights_revision
+
+    revision = weights_revision(checkpoint)[:16]
+    return {"weights": revision, "media": msgspec.to_builtins(plan.options), "max_tokens": MAX_TOKENS}
+
+
 def _ask(
-    questions: Sequence[Question], answerer: LocalAnswerer, on_answer: Callable[[], None]
-) -> list[tuple[Question, Answer]]:
-    answers = []
-    # one at a time: a time measured beside other requests is theirs as well
-    for pair in answer_all(questions, answerer, concurrency=1):
-        answers.append(pair)
-        on_answer()
-    return answers
+    questions: Sequence[Question],
+    plan: Plan,
+    methods: Methods,
+    open_llm: Callable[[Methods], AbstractContextManager[Submits]],
+) -> Iterator[tuple[Question, Answer]]:
+    if not questions:
+        return
+    with open_llm(methods) as llm:
+        # one at a time: a time measured beside other requests is theirs as well
+        yield from answer_all(questions, LocalAnswerer(llm, methods, plan.options), concurrency=1)
 
 
 def _outcome(question: Question, answer: Answer) -> report.Outcome:
@@ -162,6 +183,7 @@ def _outcome(question: Question, answer: Answer) -> report.Outcome:
     return report.Outcome(
         question_id=question.question_id,
         kind=question.meta["kind"],
+        clip=" ".join(question.media),
         correct=_is_right(question, answer),
         usage=None if failed else msgspec.convert(answer.usage, Usage),
         timings_ms=None if failed else msgspec.convert(answer.timings_ms, Timings),
@@ -173,10 +195,10 @@ def _is_right(question: Question, answer: Answer) -> bool:
     return answer.error is None and is_correct(answer.text, question.answer)
 
 
-def _output(suite: str, methods: Methods, question: Question, answer: Answer) -> Json:
+def _output(suite: str, settings: Json, question: Question, answer: Answer) -> Json:
     line: Json = {
         "suite": suite,
-        "settings": msgspec.to_builtins(methods),
+        "settings": settings,
         "id": question.question_id,
         "meta": question.meta,
         "question": question.text,

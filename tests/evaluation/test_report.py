@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from mmserve.errors import BadRequest, MediaError
 from mmserve.evaluation import report, run
+from mmserve.evaluation.outputs import Outputs
 from mmserve.evaluation.report import Geometry, Outcome
 from mmserve.request import MediaOptions, Methods, Timings, Usage
 from tests.fake_llm import FakeLLM
 
 GEOMETRY = Geometry(layers=2, hidden=8, intermediate=16, heads=2, kv_heads=1, head_dim=4)
+RUN = {"weights": "one"}
 PRUNED = Methods(prune="holitom", keep=0.25)
 
 
-def outcome(kind: str, correct: bool, kept: int, ttft: float, tokens: int = 3) -> Outcome:
+def outcome(clip: str, kind: str, correct: bool, kept: int, ttft: float, tokens: int = 3) -> Outcome:
     usage = Usage(
         prompt_tokens=110,
         completion_tokens=tokens,
@@ -26,12 +29,25 @@ def outcome(kind: str, correct: bool, kept: int, ttft: float, tokens: int = 3) -
         kv_bytes=10 + kept,
     )
     return Outcome(
-        question_id=kind, kind=kind, correct=correct, usage=usage, timings_ms=Timings(ttft=ttft, generate=8.0)
+        question_id=kind,
+        kind=kind,
+        clip=clip,
+        correct=correct,
+        usage=usage,
+        timings_ms=Timings(ttft=ttft, generate=8.0),
     )
 
 
-DENSE = [outcome("a", True, 100, 500.0), outcome("a", True, 100, 10.0), outcome("b", True, 100, 10.0)]
-OURS = [outcome("a", True, 25, 50.0), outcome("a", False, 25, 5.0), outcome("b", True, 25, 5.0)]
+DENSE = [
+    outcome("1", "a", True, 100, 500.0),
+    outcome("2", "a", True, 100, 10.0),
+    outcome("3", "b", True, 100, 10.0),
+]
+OURS = [
+    outcome("1", "a", True, 25, 50.0),
+    outcome("2", "a", False, 25, 5.0),
+    outcome("3", "b", True, 25, 5.0),
+]
 
 
 def test_the_dense_row_is_its_own_measure() -> None:
@@ -51,6 +67,9 @@ def test_a_row_is_measured_against_the_dense_run() -> None:
     assert row["accuracy"] == pytest.approx(2 / 3, abs=1e-4)
     assert row["accuracy_kept"] == pytest.approx(2 / 3, abs=1e-4)
     assert row["stderr"] == pytest.approx((2 / 9 / 2) ** 0.5, abs=1e-4)
+    assert row["accuracy_difference"] == pytest.approx(-1 / 3, abs=1e-4)
+    assert row["difference_stderr"] == row["stderr"]
+    assert row["p_value"] == 1.0  # one question of three differs
     assert row["visual_tokens_kept_ratio"] == 0.25
     assert row["attention_density"] == 1.0
     assert row["kv_bytes_ratio"] == pytest.approx(35 / 110, abs=1e-4)
@@ -77,7 +96,7 @@ def test_geometry_from_a_model_configuration(nested: bool) -> None:
 
 
 def test_missing_measurements_are_null() -> None:
-    failed = [Outcome(question_id="q", kind="a", correct=False)]
+    failed = [Outcome(question_id="q", kind="a", clip="1", correct=False)]
     row = report.row("s", PRUNED, failed, failed, GEOMETRY)
     assert row["errors"] == 1
     assert row["accuracy"] == 0.0
@@ -85,7 +104,7 @@ def test_missing_measurements_are_null() -> None:
         assert row[name] is None
     assert report.markdown([row]).splitlines()[2].count(" - ") >= 5
     # one token has no time between tokens
-    single = [outcome("a", True, 100, 1.0, tokens=1)]
+    single = [outcome("1", "a", True, 100, 1.0, tokens=1)]
     assert report.row("s", Methods(), single, single, GEOMETRY)["decode_ratio"] is None
 
 
@@ -94,7 +113,7 @@ def test_the_table_is_markdown() -> None:
     lines = report.markdown(rows).splitlines()
     assert len({line.count("|") for line in lines}) == 1
     assert "none (dense)" in lines[2]
-    assert "66.7 ± 33.3 %" in lines[3]
+    assert "66.7 ± 33.3 % | -33.3 ± 33.3 | 1 |" in lines[3]
 
 
 def sweep(**given: str) -> list[Methods]:
@@ -154,9 +173,10 @@ def test_a_run_reports_every_suite_and_setting(tmp_path: Path) -> None:
 
     plan = run.Plan(suites=("clipworld-basic", "clipworld-stream"), sweep=(Methods(), PRUNED), limit=3)
     advanced: list[None] = []
-    rows = run.evaluate(
-        plan, open_llm, GEOMETRY, outputs=tmp_path / "outputs.jsonl", on_answer=lambda: advanced.append(None)
-    )
+    with Outputs(tmp_path / "outputs.jsonl", RUN) as outputs:
+        rows = run.evaluate(
+            plan, open_llm, GEOMETRY, outputs=outputs, on_answer=lambda: advanced.append(None)
+        )
     assert [(row["suite"], row["dense"]) for row in rows] == [
         ("clipworld-basic", True),
         ("clipworld-basic", False),
@@ -171,6 +191,64 @@ def test_a_run_reports_every_suite_and_setting(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "outputs.jsonl").read_text().splitlines()]
     assert len(lines) == len(advanced) == 12
     assert {"suite", "settings", "id", "question", "expected", "answer", "correct"} <= lines[0].keys()
+
+
+def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    target = tmp_path / "outputs.jsonl"
+    plan = run.Plan(suites=("clipworld-basic",), sweep=(Methods(), PRUNED), limit=3)
+    with Outputs(target, RUN) as outputs:
+        first = run.evaluate(plan, lambda methods: FakeLLM(methods=methods), GEOMETRY, outputs=outputs)
+    whole = target.read_text().splitlines(keepends=True)
+    target.write_text("".join(whole[:4]) + whole[4][:20])  # stopped while it wrote the fifth of six
+    opened: list[Methods] = []
+    advanced: list[None] = []
+
+    def open_llm(methods: Methods) -> FakeLLM:
+        opened.append(methods)
+        return FakeLLM(methods=methods)
+
+    with Outputs(target, RUN) as outputs:
+        again = run.evaluate(
+            plan, open_llm, GEOMETRY, outputs=outputs, on_answer=lambda: advanced.append(None)
+        )
+    assert opened == [PRUNED]
+    assert len(advanced) == 6
+    assert again == first
+    assert [json.loads(line)["id"] for line in target.read_text().splitlines()] == [
+        json.loads(line)["id"] for line in whole
+    ]
+
+
+def test_what_failed_is_asked_again(tmp_path: Path) -> None:
+    target = tmp_path / "outputs.jsonl"
+    plan = run.Plan(suites=("clipworld-basic",), sweep=(Methods(),), limit=2)
+
+    def errors_of(open_llm: Callable[[Methods], FakeLLM]) -> int:
+        with Outputs(target, RUN) as outputs:
+            (row,) = run.evaluate(plan, open_llm, GEOMETRY, outputs=outputs)
+        return int(row["errors"])
+
+    assert errors_of(lambda _: FakeLLM(lambda _: MediaError("x"))) == 2
+    assert errors_of(lambda _: FakeLLM()) == 0
+
+
+@pytest.mark.parametrize("line", ['{"id": "x"}', "what", '{"run": {"weights": "other"}, "suite": "s"}'])
+def test_a_file_of_something_else_is_not_continued(tmp_path: Path, line: str) -> None:
+    target = tmp_path / "outputs.jsonl"
+    target.write_text(line + "\n")
+    with pytest.raises(BadRequest, match=r"in line 1 of|line 1 is of"):
+        Outputs(target, RUN)
+    assert target.read_text() == line + "\n"
+
+
+def test_answers_of_other_weights_are_not_mixed_in(tmp_path: Path) -> None:
+    target = tmp_path / "outputs.jsonl"
+    with Outputs(target, RUN) as outputs:
+        outputs.append(
+            {"suite": "s", "settings": {}, "id": "q", "answer": "a", "usage": {}, "timings_ms": {}}
+        )
+    with pytest.raises(BadRequest, match="name another file"):
+        Outputs(target, {"weights": "other"})
 
 
 def test_the_command_writes_one_document(

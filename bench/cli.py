@@ -7,9 +7,27 @@ from typing import Annotated
 
 import typer
 
-from mmserve.errors import BadRequest
+from mmserve.options import KV, Attention, Keep, KVBudget, KVDtype, Prune, methods_of, usage
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed, beside a peer on the same weights.")
+
+Geometry = Annotated[
+    str,
+    typer.Option(
+        help="The model's sizes, with random weights: ov-mini, ov-0.5b, ov-7b, or nano for a quick try.",
+        metavar="NAME",
+    ),
+]
+Threads = Annotated[
+    int | None, typer.Option(help="Threads of either side; by default all cores.", min=1, metavar="N")
+]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(help="Where what is made is kept; by default the user's cache.", file_okay=False),
+]
+JsonOut = Annotated[
+    Path | None, typer.Option("--json", help="Write the report as JSON; - prints it.", metavar="OUT")
+]
 
 
 @app.command()
@@ -18,13 +36,7 @@ def engine(
         str | None,
         typer.Option(help="The peer: transformers. Without one, only mmserve is measured.", metavar="PEER"),
     ] = None,
-    geometry: Annotated[
-        str,
-        typer.Option(
-            help="The model's sizes, with random weights: ov-mini, ov-0.5b, ov-7b, or nano for a quick try.",
-            metavar="NAME",
-        ),
-    ] = "ov-mini",
+    geometry: Geometry = "ov-mini",
     metrics: Annotated[
         str,
         typer.Option(
@@ -45,19 +57,12 @@ def engine(
             metavar="N",
         ),
     ] = 4,
-    threads: Annotated[
-        int | None, typer.Option(help="Threads of either side; by default all cores.", min=1, metavar="N")
-    ] = None,
+    threads: Threads = None,
     seed: Annotated[
         int, typer.Option(help="Another seed, other weights and videos.", min=0, metavar="N")
     ] = 0,
-    cache_dir: Annotated[
-        Path | None,
-        typer.Option(help="Where checkpoints are kept; by default the user's cache.", file_okay=False),
-    ] = None,
-    json_out: Annotated[
-        Path | None, typer.Option("--json", help="Write the report as JSON; - prints it.", metavar="OUT")
-    ] = None,
+    cache_dir: CacheDir = None,
+    json_out: JsonOut = None,
 ) -> None:
     """Measure the engine: first token, second question, batches, shared videos, decode, memory.
 
@@ -67,8 +72,8 @@ def engine(
     """
     from mmserve.bench import engine as bench
 
-    try:
-        plan = bench.Plan(
+    plan = usage(
+        lambda: bench.Plan(
             geometry=geometry,
             vs=vs,
             metrics=None if metrics == "all" else tuple(dict.fromkeys(metrics.split(","))),
@@ -80,8 +85,7 @@ def engine(
             seed=seed,
             cache_dir=cache_dir,
         )
-    except BadRequest as error:
-        raise typer.BadParameter(error.public_message) from error
+    )
     bench.command(plan, json_out)
 
 
@@ -94,13 +98,8 @@ def media(
             help="What decodes videos: a comma list of pyav, decord, torchcodec.", metavar="NAME[,NAME]"
         ),
     ] = "installed",
-    cache_dir: Annotated[
-        Path | None,
-        typer.Option(help="Where videos are kept; by default the user's cache.", file_okay=False),
-    ] = None,
-    json_out: Annotated[
-        Path | None, typer.Option("--json", help="Write the report as JSON; - prints it.", metavar="OUT")
-    ] = None,
+    cache_dir: CacheDir = None,
+    json_out: JsonOut = None,
 ) -> None:
     """Measure video decoding: 32 and 120 frames of a minute of 720p with short and with long GOPs.
 
@@ -110,8 +109,50 @@ def media(
     from mmserve.bench import media as bench
 
     names = None if backends == "installed" else tuple(dict.fromkeys(backends.split(",")))
-    try:
-        plan = bench.Plan(rounds=rounds, backends=names, cache_dir=cache_dir)
-    except BadRequest as error:
-        raise typer.BadParameter(error.public_message) from error
+    plan = usage(lambda: bench.Plan(rounds=rounds, backends=names, cache_dir=cache_dir))
+    bench.command(plan, json_out)
+
+
+@app.command()
+def methods(
+    prune: Prune = "none",
+    keep: Keep = 1.0,
+    attention: Attention = "dense",
+    kv: KV = "none",
+    kv_budget: KVBudget = None,
+    kv_dtype: KVDtype = "auto",
+    geometry: Geometry = "ov-mini",
+    metrics: Annotated[
+        str,
+        typer.Option(
+            help="What to measure: a comma list of ttft, decode, throughput; or all.",
+            metavar="NAME[,NAME]",
+        ),
+    ] = "all",
+    rounds: Annotated[int, typer.Option(help="Paired runs of every metric.", min=1, metavar="N")] = 5,
+    frames: Annotated[int, typer.Option(help="Frames of every video.", min=1, metavar="N")] = 32,
+    threads: Threads = None,
+    cache_dir: CacheDir = None,
+    json_out: JsonOut = None,
+) -> None:
+    """Measure what methods save: first token cold and warm, decode at batch 8, 16 requests at once.
+
+    The peer is mmserve without them, on the same random weights, in turn: A B A B. A ratio above 1 is a win.
+    What the methods cost in accuracy is for `mmserve eval` to say.
+    """
+    from mmserve.bench import methods as bench
+
+    plan = usage(
+        lambda: bench.Plan(
+            methods=methods_of(
+                prune=prune, keep=keep, attention=attention, kv=kv, kv_budget=kv_budget, kv_dtype=kv_dtype
+            ),
+            geometry=geometry,
+            metrics=None if metrics == "all" else tuple(dict.fromkeys(metrics.split(","))),
+            rounds=rounds,
+            frames=frames,
+            threads=threads,
+            cache_dir=cache_dir,
+        )
+    )
     bench.command(plan, json_out)

@@ -21,7 +21,7 @@ from mmserve.bench.geometry import build_config, checkpoint, geometry
 from mmserve.bench.pairing import Json, Measure, Metric, alternate, row
 from mmserve.bench.report import Tell, deliver, document
 from mmserve.bench.requests import QUESTIONS, Ask
-from mmserve.bench.side import PEERS, Job, RemoteSide, Side, SideConfig
+from mmserve.bench.side import PEERS, Job, OpenSide, RemoteSide, Side, SideConfig
 from mmserve.errors import BadRequest
 from mmserve.models.decoder import DecoderConfig
 from mmserve.models.layout.llava_onevision import Geometry as Layout
@@ -46,8 +46,6 @@ GATES = {
 }
 GOALS = {"ttft": 2.0, "decode_1": 2.0, "decode_16": 5.0}
 BANDWIDTH_GATES = {"ov-7b": 0.75, "ov-0.5b": 0.4}  # on a GPU, of a step at batch 1
-
-OpenSide = Callable[[str, SideConfig], AbstractContextManager[Side]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import msgspec
+
 from mmserve.bench.requests import Ask, messages, video
 from mmserve.bench.side import Job, Outcome, SideConfig
 from mmserve.llm import LLM
@@ -21,7 +23,11 @@ class OurSide:
     def __init__(self, config: SideConfig) -> None:
         self._frame_side = Preprocessing.from_model_dir(Path(config.checkpoint)).video.side
         self._llm = LLM(
-            config.checkpoint, dtype=config.dtype, threads=config.threads, kv_memory=config.kv_memory
+            config.checkpoint,
+            dtype=config.dtype,
+            threads=config.threads,
+            kv_memory=config.kv_memory,
+            **msgspec.to_builtins(config.methods),
         )
 
     def run(self, job: Job) -> Outcome:
@@ -33,11 +39,11 @@ class OurSide:
             return Outcome(seconds=self._decode(conversations, sampling))
         started_at = time.perf_counter()
         if job.kind == "together":
-            self._llm.chat(conversations, sampling)
+            answers = self._llm.chat(conversations, sampling)
         else:
-            for conversation in conversations:
-                self._llm.chat(conversation, sampling)
-        return Outcome(seconds=time.perf_counter() - started_at)
+            answers = [self._llm.chat(conversation, sampling)[0] for conversation in conversations]
+        seconds = time.perf_counter() - started_at
+        return Outcome(seconds=seconds, prune_ms=sum(answer.timings_ms.prune for answer in answers))
 
     def _conversations(self, asks: Sequence[Ask]) -> list[list[Mapping[str, Any]]]:
         videos = {(ask.video, ask.frames): video(ask.video, ask.frames, self._frame_side) for ask in asks}

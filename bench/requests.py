@@ -23,6 +23,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     video: int
     frames: int
     question: int = 0  # below QUESTIONS
+    prefix: int = 0  # above 0: a text before the video, another for each number
 
 
 def question(number: int) -> str:
@@ -49,7 +50,9 @@ def video(seed: int, frames: int, side: int) -> NDArray[np.uint8]:
 
 def messages(ask: Ask, frames: NDArray[np.uint8]) -> list[Mapping[str, Any]]:
     """The conversation as mmserve takes it; what a chat template sees of it is the same for both sides."""
+    before = [{"type": "text", "text": f"{ask.prefix} Look."}] if ask.prefix else []
     content = [
+        *before,
         {"type": "video", "video": frames, "fps": FPS},
         {"type": "text", "text": question(ask.question)},
     ]

@@ -10,6 +10,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import IO, Literal, Protocol, Self
 
@@ -18,6 +20,7 @@ import msgspec
 from mmserve.bench.memory import FilesWatch, peak_bytes
 from mmserve.bench.requests import Ask
 from mmserve.errors import MMServeError
+from mmserve.request import Methods
 
 SIDES = {
     "mmserve": "mmserve.bench.ours:OurSide",
@@ -33,6 +36,7 @@ class SideConfig(msgspec.Struct, frozen=True, kw_only=True):
     dtype: Literal["auto", "float32"] = "auto"
     threads: int | None = None  # None takes all cores
     kv_memory: int | None = None  # bytes of KV pages, where a side has pages
+    methods: Methods = Methods()  # of mmserve's side
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,9 +53,13 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """`seconds` of the job, or of one step. The rest is of a "score" job, of its first request."""
+    """`seconds` of the job, or of one step; `prune_ms` of all its requests.
+
+    The rest is of a "score" job, of its first request.
+    """
 
     seconds: float = 0.0
+    prune_ms: float = 0.0
     token_ids: tuple[int, ...] = ()
     candidates: dict[int, float] = {}  # log-probabilities of the likeliest first tokens
     prompt_logprobs: tuple[float, ...] = ()  # of every prompt token but the first
@@ -71,6 +79,9 @@ class Side(Worker, Protocol):
     def peak_bytes(self) -> int:
         """The most memory that its processes, and its files in shared memory, have held so far, summed."""
         ...
+
+
+OpenSide = Callable[[str, SideConfig], AbstractContextManager[Side]]
 
 
 class _Reply(msgspec.Struct, frozen=True, kw_only=True):

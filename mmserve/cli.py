@@ -9,26 +9,41 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Unpack
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mmserve import __version__
 from mmserve.bench.cli import app as bench
-from mmserve.errors import BadRequest, MMServeError
+from mmserve.errors import MMServeError
 from mmserve.log import setup_logging
+from mmserve.options import (
+    KV,
+    METHODS,
+    ApiKey,
+    AsJson,
+    Attention,
+    Fps,
+    Keep,
+    KVBudget,
+    KVDtype,
+    MaxTokens,
+    MediaIo,
+    Model,
+    NumFrames,
+    Prune,
+    methods_of,
+    usage,
+)
 from mmserve.server.command import read_epd, serve
 
 if TYPE_CHECKING:
     from mmserve.batch.answerers import Answerer
     from mmserve.llm import LLM
-    from mmserve.methods import MethodOptions
     from mmserve.request import MediaOptions, Methods
-
-T = TypeVar("T")
 
 app = typer.Typer(
     name="mmserve",
@@ -38,58 +53,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bench, name="bench")
-
-METHODS = "Methods"
-FRAMES = "Frames and answer"
-
-Model = Annotated[str, typer.Option(help="A Hugging Face directory or hub name.", metavar="M")]
-Prune = Annotated[
-    str, typer.Option(help="Drops or merges visual tokens.", metavar="NAME", rich_help_panel=METHODS)
-]
-Keep = Annotated[
-    float, typer.Option(help="Share of visual tokens --prune keeps.", metavar="R", rich_help_panel=METHODS)
-]
-Attention = Annotated[
-    str, typer.Option(help="How the prompt attends to itself.", metavar="NAME", rich_help_panel=METHODS)
-]
-KV = Annotated[
-    str, typer.Option("--kv", help="Drops slots of the KV cache.", metavar="NAME", rich_help_panel=METHODS)
-]
-KVBudget = Annotated[
-    float | None,
-    typer.Option(
-        help="What --kv keeps: up to 1 a share of the visual slots, above 1 slots per head; 0.25 by default.",
-        metavar="N_OR_RATIO",
-        rich_help_panel=METHODS,
-    ),
-]
-KVDtype = Annotated[
-    str, typer.Option(help="How the KV cache is stored.", metavar="NAME", rich_help_panel=METHODS)
-]
-NumFrames = Annotated[
-    int | None,
-    typer.Option(help="Sample N frames, evenly spread.", min=1, metavar="N", rich_help_panel=FRAMES),
-]
-Fps = Annotated[
-    float | None,
-    typer.Option(help="Sample F frames per second instead.", metavar="F", rich_help_panel=FRAMES),
-]
-MediaIo = Annotated[
-    str | None,
-    typer.Option(
-        help='More about sampling, as in vLLM: {"video": {"start": 5, "end": 9, "max_pixels": 100000}}.',
-        metavar="JSON",
-        rich_help_panel=FRAMES,
-    ),
-]
-MaxTokens = Annotated[
-    int, typer.Option(help="Longest answer.", min=1, max=65536, metavar="TOKENS", rich_help_panel=FRAMES)
-]
-ApiKey = Annotated[
-    str | None,
-    typer.Option(help="The server's key.", envvar="MMSERVE_API_KEY", metavar="K", show_envvar=True),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -131,7 +94,7 @@ def ask(
         raise typer.BadParameter('Expected files or URLs and then a "question"')
     from mmserve import ask as asking
 
-    methods = _methods(
+    methods = methods_of(
         prune=prune, keep=keep, attention=attention, kv=kv, kv_budget=kv_budget, kv_dtype=kv_dtype
     )
     options = _options(num_frames, fps, media_io_kwargs)
@@ -182,7 +145,7 @@ def batch(
     from mmserve.batch.answerers import LocalAnswerer, ServerAnswerer, extensions
     from mmserve.batch.runner import parse_shard
 
-    methods = _methods(
+    methods = methods_of(
         prune=prune, keep=keep, attention=attention, kv=kv, kv_budget=kv_budget, kv_dtype=kv_dtype
     )
     options = _options(num_frames, fps, media_io_kwargs)
@@ -194,7 +157,7 @@ def batch(
         max_tokens=max_tokens,
         concurrency=concurrency,
         limit=limit,
-        shard=_usage(lambda: parse_shard(shard)),
+        shard=usage(lambda: parse_shard(shard)),
         retry_errors=retry_errors,
         table=table,
     )
@@ -254,8 +217,8 @@ def evaluate(
 
     every_frame = num_frames is None and fps is None
     plan = run.Plan(
-        suites=_usage(lambda: run.suite_names(suite)),
-        sweep=_usage(
+        suites=usage(lambda: run.suite_names(suite)),
+        sweep=usage(
             lambda: run.sweep(
                 prune=prune, keep=keep, attention=attention, kv=kv, kv_budget=kv_budget, kv_dtype=kv_dtype
             )
@@ -334,21 +297,6 @@ def _failed(message: str) -> int:
     return 1
 
 
-def _usage(check: Callable[[], T]) -> T:
-    """What `check` returns; what it finds wrong is wrong usage."""
-    try:
-        return check()
-    except BadRequest as error:
-        raise typer.BadParameter(error.public_message) from error
-
-
-def _methods(**given: Unpack[MethodOptions]) -> Methods:
-    from mmserve.config import MethodDefaults
-    from mmserve.methods import choose_methods
-
-    return _usage(lambda: choose_methods(MethodDefaults(), **given))
-
-
 def _options(num_frames: int | None, fps: float | None, media_io: str | None = None) -> MediaOptions:
     from mmserve.media.options import media_options
 
@@ -360,7 +308,7 @@ def _options(num_frames: int | None, fps: float | None, media_io: str | None = N
         given = json.loads(media_io or "{}")
     except (ValueError, RecursionError) as error:
         raise typer.BadParameter("Expected --media-io-kwargs as JSON, but it does not parse") from error
-    sampled = _usage(lambda: media_options(given))
+    sampled = usage(lambda: media_options(given))
     # the options of the same name win
     return media_options({"video": {"num_frames": num_frames, "fps": fps}}, sampled)
 

@@ -42,6 +42,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "cli",
             "doctor",
             "evaluation",
+            "options",
             "planning",
             "cluster",
         }

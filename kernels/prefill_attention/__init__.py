@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mmserve.kernels.dispatch import backend_for
 from mmserve.kernels.merge_lse.naive import Partial
-from mmserve.kernels.prefill_attention import naive
+from mmserve.kernels.prefill_attention import cpu_tiles, naive
 from mmserve.kernels.prefill_attention.index import AttentionIndex, dense_index
 
 __all__ = ["AttentionIndex", "Partial", "dense_index", "prefill_attention"]
@@ -31,6 +31,8 @@ def prefill_attention(
     weight so far; the oracle leaves out nothing.
     """
     if backend_for(q.device) == "naive":
+        if cpu_tiles.is_available(q, k):
+            return cpu_tiles.tile_attention(q, k, v, index, scale=scale, tables=tables)
         out, lse = naive.prefill_attention(q, k, v, index, scale=scale, tables=tables)
         return Partial(out.to(q.dtype), lse)
     # triton is imported only where it runs

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mmserve.options import KV, Attention, Keep, KVBudget, KVDtype, Prune, methods_of, usage
+from mmserve.options import KV, Attention, Keep, KVBudget, KVDtype, Prune, PruneOptions, methods_of, usage
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed, beside a peer on the same weights.")
 
@@ -116,7 +116,8 @@ def media(
 @app.command()
 def methods(
     prune: Prune = "none",
-    keep: Keep = 1.0,
+    keep: Keep = None,
+    prune_options: PruneOptions = None,
     attention: Attention = "dense",
     kv: KV = "none",
     kv_budget: KVBudget = None,
@@ -145,7 +146,13 @@ def methods(
     plan = usage(
         lambda: bench.Plan(
             methods=methods_of(
-                prune=prune, keep=keep, attention=attention, kv=kv, kv_budget=kv_budget, kv_dtype=kv_dtype
+                prune=prune,
+                keep=keep,
+                prune_options=prune_options,
+                attention=attention,
+                kv=kv,
+                kv_budget=kv_budget,
+                kv_dtype=kv_dtype,
             ),
             geometry=geometry,
             metrics=None if metrics == "all" else tuple(dict.fromkeys(metrics.split(","))),
@@ -153,6 +160,51 @@ def methods(
             frames=frames,
             threads=threads,
             cache_dir=cache_dir,
+        )
+    )
+    bench.command(plan, json_out)
+
+
+@app.command()
+def encode(
+    parts: Annotated[
+        str,
+        typer.Option(
+            help="What to measure: a comma list of overlap, workers; or all.", metavar="NAME[,NAME]"
+        ),
+    ] = "all",
+    geometry: Annotated[
+        str | None,
+        typer.Option(
+            help="The model's sizes, with random weights; by default ov-balanced for overlap, ov-mini for "
+            "workers.",
+            metavar="NAME",
+        ),
+    ] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(
+            help="Frames of every video; by default 128 for overlap, 256 for workers.", min=1, metavar="N"
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Paired runs of either part.", min=1, metavar="N")] = 7,
+    seed: Annotated[
+        int, typer.Option(help="Another seed, other weights and videos.", min=0, metavar="N")
+    ] = 0,
+    cache_dir: CacheDir = None,
+    json_out: JsonOut = None,
+) -> None:
+    """Measure what the encode stage gains: stages that overlap, and encode workers that share a video.
+
+    Both sides are mmserve, with a process per stage and one thread each: with and without overlap, with
+    two encode workers and with one. They must give the same tokens before anything is timed.
+    """
+    from mmserve.bench import encode as bench
+
+    names = None if parts == "all" else tuple(dict.fromkeys(parts.split(",")))
+    plan = usage(
+        lambda: bench.Plan(
+            parts=names, geometry=geometry, frames=frames, rounds=rounds, seed=seed, cache_dir=cache_dir
         )
     )
     bench.command(plan, json_out)

@@ -21,7 +21,8 @@ from mmserve.bench.geometry import geometry
 from mmserve.bench.gpu.measure import Session, random
 from mmserve.bench.pairing import Metric, alternate
 from mmserve.engine.graphs import DecodeGraphs
-from mmserve.engine.runner import DecodeRow, PromptRows, Runner
+from mmserve.engine.rows import DecodeRow, PromptRows
+from mmserve.engine.runner import Runner
 from mmserve.engine.scheduler import Chunk, Plan
 from mmserve.kv.store import PageStore
 from mmserve.kv.table import PageTable

@@ -16,7 +16,7 @@ from mmserve.errors import BadRequest
 from mmserve.models.chat import ChatFormat
 from mmserve.models.loader import decoder_config, load_checkpoint, weights_revision
 
-MILLIONS = {"nano": 0.2, "ov-mini": 101.0, "ov-0.5b": 893.7, "ov-7b": 8030.8}
+MILLIONS = {"nano": 0.2, "ov-mini": 101.0, "ov-balanced": 23.9, "ov-0.5b": 893.7, "ov-7b": 8030.8}
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)

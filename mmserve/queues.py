@@ -1,7 +1,8 @@
 """Message sockets between the dispatcher and the workers; the only module that imports zmq.
 
-A ROUTER on the dispatcher's side, a DEALER in each worker. Frames are opaque bytes of limited
-size. Knows nothing about messages, requests or processes.
+A ROUTER on the side that is asked, a DEALER on the other. Frames are opaque bytes of limited size. Over
+tcp both ends prove who they are (CURVE), and the ROUTER lets in those on its list only. Knows nothing about
+messages, requests or processes.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ import math
 import os
 import re
 import secrets
+import socket as sockets
 import stat
 import threading
 import time
 from collections import deque
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Self
 
 import zmq
+from zmq.utils import z85
 
 from mmserve.errors import ConfigError, WireError
 from mmserve.waker import Waker
@@ -37,9 +41,32 @@ _MAX_RECONNECT_MS: Final = 1000
 _MAX_IPC_BYTES: Final = 107  # of a Unix socket's path
 _TCP: Final = re.compile(r"tcp://(\[[0-9a-fA-F:.]+\]|[0-9.]+):(\d{1,5})")
 
+_ZAP_ENDPOINT: Final = "inproc://zeromq.zap.01"  # where libzmq asks who may enter
+
 _contexts: dict[int, zmq.Context[zmq.Socket[bytes]]] = {}
+_allowed: dict[bytes, bytes] = {}  # domain of a ROUTER -> public key of its clients
 _open_sockets: set[int] = set()
 _lock = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CurveKeys:
+    """What the processes of one deployment know each other by, in Z85. Who holds these is one of them."""
+
+    server_public: str
+    server_secret: str = field(repr=False)
+    client_public: str
+    client_secret: str = field(repr=False)
+
+
+def make_keys() -> CurveKeys:
+    server, client = zmq.curve_keypair(), zmq.curve_keypair()
+    return CurveKeys(
+        server_public=server[0].decode(),
+        server_secret=server[1].decode(),
+        client_public=client[0].decode(),
+        client_secret=client[1].decode(),
+    )
 
 
 def ipc_endpoint(run_directory: Path) -> str:
@@ -47,8 +74,26 @@ def ipc_endpoint(run_directory: Path) -> str:
     return check_endpoint(f"ipc://{run_directory}/{secrets.token_hex(8)}", bind=True)
 
 
-def check_endpoint(endpoint: str, *, bind: bool) -> str:
-    """Return the endpoint, or raise ConfigError unless only this host and user can reach it."""
+def tcp_endpoint(address: str, port: int = 0) -> str:
+    """Port 0 binds any free one."""
+    return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
+
+
+def free_endpoint(address: str) -> str:
+    """An endpoint with a port that nobody uses now, for a process that is yet to start."""
+    family = sockets.AF_INET6 if ":" in address else sockets.AF_INET
+    try:
+        with sockets.create_server((address, 0), family=family) as taken:
+            return tcp_endpoint(address, taken.getsockname()[1])
+    except OSError as error:
+        raise ConfigError(f"Expected {address} to be an address of this machine, but it is not") from error
+
+
+def check_endpoint(endpoint: str, *, bind: bool, has_keys: bool = False) -> str:
+    """Return the endpoint, or raise ConfigError unless only we can use it.
+
+    Without keys that is this host and user, with keys one numeric address, which others may reach.
+    """
     if endpoint.startswith("ipc://"):
         _check_ipc(endpoint.removeprefix("ipc://"))
         return endpoint
@@ -59,8 +104,10 @@ def check_endpoint(endpoint: str, *, bind: bool) -> str:
         address = ipaddress.ip_address(match.group(1).strip("[]"))
     except ValueError as error:
         raise ConfigError("Expected a numeric address in an endpoint, but got another") from error
-    if not address.is_loopback:
-        raise ConfigError("Expected a loopback address in an endpoint, but got one others can reach")
+    if address.is_unspecified or address.is_multicast:
+        raise ConfigError("Expected one address in an endpoint, but got one that stands for many")
+    if not (address.is_loopback or has_keys):
+        raise ConfigError("Expected a loopback address in an endpoint without keys, but got another")
     if not (0 if bind else 1) <= int(match.group(2)) <= 65535:
         raise ConfigError(f"Expected a port of {0 if bind else 1} to 65535 in an endpoint")
     return endpoint
@@ -84,8 +131,28 @@ def _context() -> zmq.Context[zmq.Socket[bytes]]:
     with _lock:
         if pid not in _contexts:
             _contexts[pid] = zmq.Context()
+            _start_gatekeeper(_contexts[pid])
             atexit.register(_end_context, pid)
         return _contexts[pid]
+
+
+def _start_gatekeeper(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    """Have a thread decide which keys may enter; it ends with the context."""
+    socket = context.socket(zmq.REP)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.bind(_ZAP_ENDPOINT)
+    threading.Thread(target=_judge_keys, args=(socket,), name="mmserve-keys", daemon=True).start()
+
+
+def _judge_keys(socket: zmq.Socket[bytes]) -> None:
+    while True:
+        try:
+            version, request, domain, _, _, mechanism, *credentials = socket.recv_multipart()
+        except zmq.ContextTerminated:
+            socket.close()
+            return
+        is_known = mechanism == b"CURVE" and credentials == [_allowed.get(domain)]
+        socket.send_multipart([version, request, b"200" if is_known else b"400", b"", b"", b""])
 
 
 def _end_context(pid: int) -> None:
@@ -95,7 +162,9 @@ def _end_context(pid: int) -> None:
         _contexts.pop(pid).term()
 
 
-def _open_socket(kind: zmq.SocketType, endpoint: str, identity: bytes | None) -> zmq.Socket[bytes]:
+def _open_socket(
+    kind: zmq.SocketType, endpoint: str, identity: bytes | None, keys: CurveKeys | None
+) -> zmq.Socket[bytes]:
     """The one place that makes sockets: nothing is left at libzmq's unbounded defaults."""
     socket = _context().socket(kind)
     options = {
@@ -121,12 +190,27 @@ def _open_socket(kind: zmq.SocketType, endpoint: str, identity: bytes | None) ->
             zmq.HEARTBEAT_TTL: _HEARTBEAT_TIMEOUT_MS,
             zmq.IPV6: int("[" in endpoint),
         }
+    _open_sockets.add(id(socket))
     for option, value in options.items():
         socket.setsockopt(option, value)
     if identity is not None:
         socket.setsockopt(zmq.ROUTING_ID, identity)
-    _open_sockets.add(id(socket))
+    if keys is not None and endpoint.startswith("tcp://"):
+        _set_keys(socket, keys)
     return socket
+
+
+def _set_keys(socket: zmq.Socket[bytes], keys: CurveKeys) -> None:
+    if socket.getsockopt(zmq.TYPE) == zmq.ROUTER:
+        domain = secrets.token_hex(8).encode()
+        _allowed[domain] = z85.decode(keys.client_public)
+        socket.setsockopt(zmq.ZAP_DOMAIN, domain)
+        socket.setsockopt(zmq.CURVE_SERVER, 1)
+        socket.setsockopt(zmq.CURVE_SECRETKEY, keys.server_secret.encode())
+        return
+    socket.setsockopt(zmq.CURVE_SERVERKEY, keys.server_public.encode())
+    socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.client_public.encode())
+    socket.setsockopt(zmq.CURVE_SECRETKEY, keys.client_secret.encode())
 
 
 def _check_size(frame: bytes) -> None:
@@ -208,11 +292,11 @@ class _Queue:
 
 
 class Router(_Queue):
-    """The dispatcher's end: many named peers. `endpoint` is what dealers connect to."""
+    """The end that many named peers connect to, at `endpoint`. Keys are used over tcp only."""
 
-    def __init__(self, endpoint: str) -> None:
-        check_endpoint(endpoint, bind=True)
-        socket = _open_socket(zmq.ROUTER, endpoint, None)
+    def __init__(self, endpoint: str, keys: CurveKeys | None = None) -> None:
+        check_endpoint(endpoint, bind=True, has_keys=keys is not None)
+        socket = _open_socket(zmq.ROUTER, endpoint, None, keys)
         try:
             socket.bind(endpoint)
         except zmq.ZMQError as error:
@@ -231,17 +315,17 @@ class Router(_Queue):
 
 
 class Dealer(_Queue):
-    """A worker's end: one peer, to which libzmq reconnects by itself.
+    """The end with one peer, to which libzmq reconnects by itself.
 
     Frames sent while there is no connection wait here, in order, up to HIGH_WATER_MARK. Those
     handed to a connection that then breaks are lost, as is the state of the peer that died.
     """
 
-    def __init__(self, endpoint: str, identity: bytes) -> None:
-        check_endpoint(endpoint, bind=False)
+    def __init__(self, endpoint: str, identity: bytes, keys: CurveKeys | None = None) -> None:
+        check_endpoint(endpoint, bind=False, has_keys=keys is not None)
         if not 1 <= len(identity) <= 255 or identity[0] == 0:
             raise ConfigError("Expected an identity of 1 to 255 bytes that does not begin with zero")
-        socket = _open_socket(zmq.DEALER, endpoint, identity)
+        socket = _open_socket(zmq.DEALER, endpoint, identity, keys)
         socket.connect(endpoint)
         super().__init__(socket)
         self._outbox: deque[bytes] = deque()
@@ -250,6 +334,12 @@ class Dealer(_Queue):
     def num_waiting(self) -> int:
         """Frames that no connection has taken yet."""
         return len(self._outbox)
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether a peer has been found and would take a frame now."""
+        self._check_owner()
+        return bool(self._socket.poll(0, zmq.POLLOUT))
 
     def send(self, frame: bytes) -> bool:
         """Send a frame or let it wait for a connection; False when too many wait already."""

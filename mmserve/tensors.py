@@ -10,8 +10,8 @@ from typing import Final
 import torch
 
 from mmserve.errors import WireError
-from mmserve.messages import ArrayHeader, Lease
-from mmserve.wire import Array, TypedArray, array_from
+from mmserve.lease import ArrayHeader, Lease
+from mmserve.wire import Array, TypedArray
 
 _DTYPES: Final[dict[str, torch.dtype]] = {
     "uint8": torch.uint8,
@@ -63,10 +63,6 @@ def to_torch(array: Array, header: ArrayHeader) -> torch.Tensor:
 
 
 def tensors_of(lease: Lease, arrays: dict[str, Array]) -> dict[str, torch.Tensor]:
-    """All arrays of an opened lease as tensors."""
-    return {header.name: to_torch(arrays[header.name], header) for header in lease.arrays}
-
-
-def frame_to_torch(header: ArrayHeader, frame: bytes) -> torch.Tensor:
-    """The tensor in one received frame, checked."""
-    return to_torch(array_from(header, frame), header)
+    """The opened arrays of a lease as tensors."""
+    opened = [header for header in lease.arrays if header.name in arrays]
+    return {header.name: to_torch(arrays[header.name], header) for header in opened}

@@ -1,8 +1,8 @@
-"""Bulk arrays between processes of one host: files of a private directory, mapped by the reader.
+"""Bulk arrays between processes: files of a private directory, which a reader on the same host maps.
 
 The owner publishes arrays and keeps the file until the reader is done or the lease expires. A file
-is a preamble (magic, the lease's id and checksum, its size) and the arrays side by side. Knows
-nothing about messages in flight, requests or torch.
+is a preamble (magic, the lease's id and checksum, its size) and the arrays side by side. Readers on
+other hosts are frames.py's. Knows nothing about messages in flight, requests or torch.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import struct
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
 
 from mmserve.errors import Overloaded, Unavailable, WireError
-from mmserve.messages import ArrayHeader, Lease
+from mmserve.lease import ArrayHeader, Lease
 from mmserve.wire import (
     MAX_ARRAY_BYTES,
     Array,
@@ -53,6 +53,24 @@ class LeaseGone(WireError):
     """The file was released, expired, or vanished with its owner: the work must be done again."""
 
 
+class LeaseUnreadable(WireError):
+    """It is gone, or not what it claims to be: what it held must be made again."""
+
+    def __init__(self, lease_id: str) -> None:
+        super().__init__("Expected a lease that can be read, but it is gone or broken")
+        self.lease_id = lease_id
+
+
+class LeaseReader(Protocol):
+    """How a worker reads what others have published."""
+
+    def open(self, lease: Lease, names: Collection[str] | None = None) -> dict[str, Array]:
+        """All arrays, or those of these names, read-only; raises nothing but LeaseUnreadable.
+
+        A lease with a crc is checked against it when all is read.
+        """
+
+
 class _Held(NamedTuple):
     path: Path
     total_bytes: int
@@ -63,16 +81,26 @@ class _Held(NamedTuple):
 class LeaseStore:
     """Publishes arrays and owns their files until release, expiry or `close`.
 
-    `directories` are tried in order; a full one is passed over. Times are those of `clock`, in
-    seconds. Every method may be called from any thread. Invariant: each file in the store's own
-    directories belongs to a held lease or to a `publish` in progress.
+    `directories` are tried in order; a full one is passed over. `endpoint` is where the owner answers
+    for its leases, if anywhere. Times are those of `clock`, in seconds. Every method may be called
+    from any thread. Invariant: each file in the store's own directories belongs to a held lease or to
+    a `publish` in progress.
     """
 
-    def __init__(self, directories: Sequence[Path], *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        directories: Sequence[Path],
+        *,
+        ttl_s: float = LEASE_TTL_S,
+        endpoint: str = "",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         name = f"leases-{os.getpid()}-{secrets.token_hex(4)}"
         self._directories = tuple(directory / name for directory in directories)
         for directory in self._directories:
             directory.mkdir(mode=0o700)
+        self._ttl_s = ttl_s
+        self._endpoint = endpoint
         self._clock = clock
         self._held: dict[str, _Held] = {}
         self._lock = threading.Lock()
@@ -91,14 +119,16 @@ class LeaseStore:
         self,
         arrays: Mapping[str, Array | TypedArray],
         *,
-        ttl_s: float,
+        ttl_s: float | None = None,
         owner: str = "",
         with_crc: bool = False,
     ) -> Lease:
-        """Write the arrays to a file that `open_lease` reads. `owner` names who is charged for it.
+        """Write the arrays to a file for a reader. `owner` names who is charged for it.
 
-        `with_crc` adds a checksum over all bytes for readers that verify.
+        `ttl_s` is the store's when it is not given. `with_crc` adds a checksum over all bytes; what is
+        read over a socket has one anyway.
         """
+        with_crc = with_crc or bool(self._endpoint)
         values = {name: typed(array) for name, array in arrays.items()}
         layout = lay_out(values, _DATA_START)
         lease_id = secrets.token_hex(16)
@@ -122,9 +152,32 @@ class LeaseStore:
             total_bytes=layout.total_bytes,
             arrays=layout.headers,
             checksum=checksum,
+            crc=crc if with_crc else None,
+            endpoint=self._endpoint,
         )
-        self._keep(lease_id, _Held(path, layout.total_bytes, owner, self._clock() + ttl_s))
+        expires_at = self._clock() + (self._ttl_s if ttl_s is None else ttl_s)
+        self._keep(lease_id, _Held(path, layout.total_bytes, owner, expires_at))
         return lease
+
+    def read(self, lease_id: str, offset: int, num_bytes: int) -> bytes:
+        """Some bytes of a held file, for a reader that cannot map it; raises WireError."""
+        with self._lock:
+            held = self._held.get(lease_id)
+        if held is None:
+            raise LeaseGone("Expected a live lease, but it is not held")
+        if not (offset >= 0 and 0 < num_bytes <= held.total_bytes - offset):
+            raise WireError("Expected a piece inside the lease's file, but it is not")
+        try:
+            descriptor = os.open(held.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            raise LeaseGone("Expected a live lease, but its file is gone") from error
+        try:
+            data = os.pread(descriptor, num_bytes, offset)
+        finally:
+            os.close(descriptor)
+        if len(data) != num_bytes:
+            raise WireError("Expected a whole file behind a lease, but it is shorter")
+        return data
 
     def renew(self, lease_id: str, ttl_s: float) -> bool:
         """Let a lease expire `ttl_s` from now; False when it is not held."""
@@ -193,6 +246,27 @@ class LeaseStore:
         raise Overloaded(f"There is no room to transfer {total_bytes} bytes")
 
 
+class MappedLeases:
+    """Reads leases whose files lie under these directories."""
+
+    def __init__(self, directories: Sequence[Path]) -> None:
+        self._directories = directories
+
+    def open(self, lease: Lease, names: Collection[str] | None = None) -> dict[str, Array]:
+        try:
+            arrays = open_lease(lease, self._directories, verify=lease.crc is not None and names is None)
+        except WireError as error:
+            raise LeaseUnreadable(lease.lease_id) from error
+        return arrays if names is None else {name: arrays[name] for name in names if name in arrays}
+
+
+def check_lease(lease: Lease, max_bytes: int = MAX_ARRAY_BYTES) -> None:
+    """Raise WireError unless its headers are whole, and arrays can lie in a file as they say."""
+    if lease.checksum != _checksum(lease.lease_id, lease.total_bytes, lease.arrays):
+        raise WireError("Expected a lease whose checksum fits, but it does not")
+    check_layout(lease.arrays, lease.total_bytes, _DATA_START, max_bytes)
+
+
 def open_lease(
     lease: Lease, allowed: Sequence[Path], *, max_bytes: int = MAX_ARRAY_BYTES, verify: bool = False
 ) -> dict[str, Array]:
@@ -202,9 +276,7 @@ def open_lease(
     and compares the checksum that `publish(with_crc=True)` left. Raises WireError, and its
     subclass LeaseGone when there is no such file.
     """
-    if lease.checksum != _checksum(lease.lease_id, lease.total_bytes, lease.arrays):
-        raise WireError("Expected a lease whose checksum fits, but it does not")
-    check_layout(lease.arrays, lease.total_bytes, _DATA_START, max_bytes)
+    check_lease(lease, max_bytes)
     descriptor = _open_file(lease, allowed)
     try:
         info = os.fstat(descriptor)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmserve.errors import MMServeError, WireError
-from mmserve.messages import ArrayHeader
+from mmserve.lease import ArrayHeader
 
 T = TypeVar("T")
 Array: TypeAlias = npt.NDArray[np.generic]

@@ -1,4 +1,4 @@
-"""queues.py: sockets only this user can reach, bounded in every direction (R4, R6)."""
+"""queues.py: sockets only we can reach, by place or by key, bounded in every direction (R4, R5, R6)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
 import pytest
 import zmq
 
 from mmserve import queues
 from mmserve.errors import ConfigError, WireError
-from mmserve.queues import HIGH_WATER_MARK, Dealer, Router, check_endpoint, ipc_endpoint
+from mmserve.queues import (
+    HIGH_WATER_MARK,
+    CurveKeys,
+    Dealer,
+    Router,
+    check_endpoint,
+    free_endpoint,
+    ipc_endpoint,
+    make_keys,
+    tcp_endpoint,
+)
 from mmserve.wire import MAX_FRAME_BYTES
 
 T = TypeVar("T")
@@ -29,20 +40,27 @@ def private() -> Iterator[Path]:
         yield Path(directory)
 
 
-@pytest.fixture(params=["ipc", "tcp"])
+KEYS = make_keys()
+
+
+@pytest.fixture(params=["ipc", "tcp", "curve"])
 def router(request: pytest.FixtureRequest, private: Path) -> Iterator[Router]:
     endpoint = ipc_endpoint(private) if request.param == "ipc" else "tcp://127.0.0.1:0"
-    with Router(endpoint) as router:
+    with Router(endpoint, KEYS if request.param == "curve" else None) as router:
         yield router
 
 
 def connected(router: Router, identity: bytes = b"w") -> Dealer:
     """A dealer whose handshake is over, so that both ends can send at once."""
-    dealer = Dealer(router.endpoint, identity)
+    dealer = Dealer(router.endpoint, identity, KEYS if has_keys(router) else None)
     dealer.send(b"hello")
     assert dealer.flush(10)
     assert receive(router, 1) == [(identity, b"hello")]
     return dealer
+
+
+def has_keys(router: Router) -> bool:
+    return bool(router._socket.getsockopt(zmq.CURVE_SERVER))
 
 
 def receive(router: Router, count: int) -> list[tuple[bytes, bytes]]:
@@ -135,6 +153,8 @@ def test_largest_frame_passes_and_a_larger_one_is_refused(router: Router) -> Non
 def test_oversize_frame_of_a_stranger_is_dropped_and_the_next_arrives(router: Router) -> None:
     with zmq.Context() as context, context.socket(zmq.DEALER) as stranger, connected(router) as dealer:
         stranger.setsockopt(zmq.LINGER, 0)
+        if has_keys(router):
+            queues._set_keys(stranger, KEYS)
         stranger.connect(router.endpoint)
         stranger.send(b"x" * (2 * MAX_FRAME_BYTES))
         dealer.send(b"ours")
@@ -281,10 +301,12 @@ def test_connecting_to_no_port_or_as_nobody_is_refused(private: Path) -> None:
 
 def test_last_frame_leaves_before_the_process_ends(router: Router) -> None:
     code = (
-        "import sys; from mmserve.queues import Dealer\n"
-        "with Dealer(sys.argv[1], b'w') as d: d.send(b'x' * 500000); d.send(b'bye'); d.flush(10)\n"
+        "import sys, msgspec; from mmserve.queues import CurveKeys, Dealer\n"
+        "keys = msgspec.json.decode(sys.argv[2], type=CurveKeys | None)\n"
+        "with Dealer(sys.argv[1], b'w', keys) as d: d.send(b'x' * 500000); d.send(b'bye'); d.flush(10)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, router.endpoint])
+    keys = msgspec.json.encode(KEYS if has_keys(router) else None).decode()
+    process = subprocess.Popen([sys.executable, "-c", code, router.endpoint, keys])
     assert [frame[-3:] for _, frame in receive(router, 2)] == [b"xxx", b"bye"]
     assert process.wait(timeout=10) == 0
 
@@ -294,3 +316,81 @@ def test_closed_queues_are_forgotten(private: Path) -> None:
     with Router(ipc_endpoint(private)), Dealer(ipc_endpoint(private), b"w"):
         assert len(queues._open_sockets) == before + 2
     assert len(queues._open_sockets) == before
+
+
+# keys
+
+
+def test_only_a_known_key_gets_in() -> None:
+    with Router("tcp://127.0.0.1:0", KEYS) as router:
+        strangers = make_keys()
+        unknown = CurveKeys(
+            server_public=KEYS.server_public,
+            server_secret="",
+            client_public=strangers.client_public,
+            client_secret=strangers.client_secret,
+        )
+        with (
+            Dealer(router.endpoint, b"none") as none,
+            Dealer(router.endpoint, b"unknown", unknown) as other,
+            Dealer(router.endpoint, b"allowed", KEYS) as allowed,
+        ):
+            for dealer in (none, other, allowed):
+                dealer.send(b"hello")
+            got: list[tuple[bytes, bytes]] = []
+            deadline = time.monotonic() + 10
+            while not got and time.monotonic() < deadline:
+                for dealer in (none, other, allowed):
+                    dealer.poll(0.01)
+                got += router.poll(0.05)
+            # those that were refused try again meanwhile
+            for _ in range(10):
+                for dealer in (none, other):
+                    assert dealer.poll(0.01) == []
+                    assert not dealer.is_connected
+                got += router.poll(0.02)
+            assert got == [(b"allowed", b"hello")]
+            assert allowed.is_connected
+
+
+def test_a_dealer_takes_no_router_without_its_servers_key() -> None:
+    """Who listens where our dispatcher should is not spoken to."""
+    for theirs in (make_keys(), None):
+        with Router("tcp://127.0.0.1:0", theirs) as impostor, Dealer(impostor.endpoint, b"w", KEYS) as dealer:
+            dealer.send(b"secret")
+            for _ in range(10):
+                dealer.poll(0.01)
+                assert impostor.poll(0.02) == []
+            assert dealer.num_waiting == 1
+
+
+@pytest.mark.parametrize("address", ["192.168.1.5", "8.8.8.8", "[fd00::1]"])
+def test_an_address_that_others_reach_needs_keys(address: str) -> None:
+    endpoint = f"tcp://{address}:5555"
+    for bind in (True, False):
+        assert check_endpoint(endpoint, bind=bind, has_keys=True) == endpoint
+        with pytest.raises(ConfigError, match="without keys"):
+            check_endpoint(endpoint, bind=bind)
+    with pytest.raises(ConfigError, match="without keys"):
+        Router(endpoint)
+    with pytest.raises(ConfigError, match="without keys"):
+        Dealer(endpoint, b"w")
+
+
+@pytest.mark.parametrize("endpoint", ["tcp://*:5", "tcp://0.0.0.0:5", "tcp://[::]:5", "tcp://224.0.0.1:5"])
+def test_an_address_that_stands_for_many_is_refused_even_with_keys(endpoint: str) -> None:
+    with pytest.raises(ConfigError):
+        Router(endpoint, KEYS)
+
+
+def test_secrets_are_not_shown() -> None:
+    assert KEYS.server_secret not in repr(KEYS)
+    assert KEYS.client_secret not in repr(KEYS)
+
+
+def test_a_free_endpoint_can_be_bound_and_a_foreign_address_cannot() -> None:
+    assert tcp_endpoint("::1", 7) == "tcp://[::1]:7"
+    with Router(free_endpoint("127.0.0.1"), KEYS) as router:
+        assert not router.endpoint.endswith(":0")
+    with pytest.raises(ConfigError, match="address of this machine"):
+        free_endpoint("192.0.2.1")

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from mmserve.errors import WireError
-from mmserve.tensors import frame_to_torch, tensors_of, to_numpy
+from mmserve.tensors import tensors_of, to_numpy, to_torch
 from mmserve.transfer import LeaseStore, open_lease
-from mmserve.wire import describe
+from mmserve.wire import array_from, describe
 
 DTYPES = [
     torch.uint8,
@@ -48,7 +48,8 @@ def test_writing_to_a_leased_tensor_stays_private(tmp_path: Path) -> None:
 
 def test_tensor_crosses_a_frame() -> None:
     value = to_numpy(torch.tensor([1.5, -2], dtype=torch.bfloat16))
-    assert frame_to_torch(describe("x", value), value.array.tobytes()).tolist() == [1.5, -2]
+    header = describe("x", value)
+    assert to_torch(array_from(header, value.array.tobytes()), header).tolist() == [1.5, -2]
 
 
 def test_tensor_that_cannot_travel_is_refused() -> None:

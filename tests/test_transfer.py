@@ -14,7 +14,7 @@ import pytest
 
 from mmserve import transfer
 from mmserve.errors import Overloaded, Unavailable, WireError
-from mmserve.messages import Lease
+from mmserve.lease import Lease
 from mmserve.transfer import LeaseGone, LeaseStore, open_lease, remove_leases_of, unlink_lease
 from mmserve.wire import Array, TypedArray
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from mmserve import messages as m
 from mmserve.errors import WireError
+from mmserve.lease import ArrayHeader
 from mmserve.request import MediaRef, Methods
 from mmserve.sampling import SamplingParams
 from mmserve.wire import (
@@ -35,7 +36,7 @@ LEASE = m.Lease(
     lease_id="0" * 32,
     path="/run/x",
     total_bytes=96,
-    arrays=(m.ArrayHeader(name="embeddings", dtype="bfloat16", shape=(2, 8), offset=64),),
+    arrays=(ArrayHeader(name="embeddings", dtype="bfloat16", shape=(2, 8), offset=64),),
     checksum=7,
 )
 
@@ -185,25 +186,25 @@ def test_odd_shapes_survive(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     "header",
     [
-        m.ArrayHeader(name="x", dtype="object", shape=(1,), offset=0),
-        m.ArrayHeader(name="x", dtype="sparse", shape=(1,), offset=0),
-        m.ArrayHeader(name="", dtype="uint8", shape=(1,), offset=0),
-        m.ArrayHeader(name="x", dtype="uint8", shape=(-1, -4), offset=0),
-        m.ArrayHeader(name="x", dtype="uint8", shape=(1,) * 7, offset=0),
-        m.ArrayHeader(name="x", dtype="uint8", shape=(2**63,), offset=0),
-        m.ArrayHeader(name="x", dtype="uint8", shape=(2**32, 2**32, 4), offset=0),
-        m.ArrayHeader(name="x", dtype="uint8", shape=(0, 2**63), offset=0),
-        m.ArrayHeader(name="x", dtype="uint8", shape=(4,), offset=-1),
+        ArrayHeader(name="x", dtype="object", shape=(1,), offset=0),
+        ArrayHeader(name="x", dtype="sparse", shape=(1,), offset=0),
+        ArrayHeader(name="", dtype="uint8", shape=(1,), offset=0),
+        ArrayHeader(name="x", dtype="uint8", shape=(-1, -4), offset=0),
+        ArrayHeader(name="x", dtype="uint8", shape=(1,) * 7, offset=0),
+        ArrayHeader(name="x", dtype="uint8", shape=(2**63,), offset=0),
+        ArrayHeader(name="x", dtype="uint8", shape=(2**32, 2**32, 4), offset=0),
+        ArrayHeader(name="x", dtype="uint8", shape=(0, 2**63), offset=0),
+        ArrayHeader(name="x", dtype="uint8", shape=(4,), offset=-1),
     ],
 )
-def test_hostile_header_is_refused(header: m.ArrayHeader) -> None:
+def test_hostile_header_is_refused(header: ArrayHeader) -> None:
     with pytest.raises(WireError):
         checked_bytes(header)
 
 
 @pytest.mark.parametrize("size", [0, 7, 9, 16])
 def test_frame_of_another_length_is_refused(size: int) -> None:
-    header = m.ArrayHeader(name="x", dtype="float32", shape=(2,), offset=0)
+    header = ArrayHeader(name="x", dtype="float32", shape=(2,), offset=0)
     with pytest.raises(WireError):
         array_from(header, bytes(size))
 
@@ -218,7 +219,7 @@ def test_arrays_that_cannot_travel_are_refused() -> None:
 
 DIMS = st.integers(-2, 9) | st.sampled_from([2**31, 2**32, 2**62, 2**63, 2**64, -(2**63)])
 HEADERS = st.builds(
-    m.ArrayHeader,
+    ArrayHeader,
     name=st.text(max_size=5),
     dtype=st.sampled_from([*DTYPES, "object", "complex64", "<f4", "V8", ""]),
     shape=st.lists(DIMS, max_size=8).map(tuple),
@@ -228,7 +229,7 @@ HEADERS = st.builds(
 
 @settings(max_examples=400, deadline=None)
 @given(header=HEADERS, spare=st.integers(-1, 1))
-def test_header_is_refused_or_reads_exactly_its_bytes(header: m.ArrayHeader, spare: int) -> None:
+def test_header_is_refused_or_reads_exactly_its_bytes(header: ArrayHeader, spare: int) -> None:
     try:
         size = checked_bytes(header, max_bytes=1 << 20)
     except WireError:

@@ -16,6 +16,8 @@ from prometheus_client.registry import Collector
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+# events and bytes by name; those of one tier of the embedding cache are named like "hits/disk"
+WorkCounts = tuple[Mapping[str, int], Mapping[str, int]]
 _GAUGES = ("active", "waiting")  # of the dispatcher's counts; the others only grow
 
 
@@ -26,10 +28,14 @@ class Metrics:
         self,
         dispatcher_counts: Callable[[], Mapping[str, int]],
         is_ready: Callable[[], bool],
+        work_counts: Callable[[], WorkCounts],
+        held_bytes: Callable[[], Mapping[str, int]],
     ) -> None:
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         self._registry.register(_Dispatcher(dispatcher_counts))
+        self._registry.register(_Encoding(work_counts))
+        self._registry.register(_Held(held_bytes))
         self._requests = Counter(
             "mmserve_requests",
             "Requests for an answer by how they ended: a finish reason or an error code",
@@ -61,12 +67,21 @@ class Metrics:
         self._slow_readers = Counter(
             "mmserve_slow_readers", "Streams ended because nobody read them", registry=self._registry
         )
+        self._keep = Gauge(
+            "mmserve_keep",
+            "Share of visual tokens that the last request keeps which left that to prune_under_load",
+            registry=self._registry,
+        )
         Gauge("mmserve_ready", "Whether every stage has a worker", registry=self._registry).set_function(
             lambda: float(is_ready())
         )
 
     def count_request(self, outcome: str) -> None:
         self._requests.labels(outcome).inc()
+
+    def note_keep(self, keep: float) -> None:
+        """What the last request keeps whose share follows the load."""
+        self._keep.set(keep)
 
     def count_slow_reader(self) -> None:
         self._slow_readers.inc()
@@ -89,7 +104,14 @@ class Metrics:
         return generate_latest(self._registry)
 
 
-class _Dispatcher(Collector):
+class _Asked(Collector):
+    """Asks when it is read."""
+
+    def describe(self) -> list[Metric]:
+        return []  # so that registering asks nobody
+
+
+class _Dispatcher(_Asked):
     def __init__(self, counts: Callable[[], Mapping[str, int]]) -> None:
         self._counts = counts
 
@@ -109,5 +131,46 @@ class _Dispatcher(Collector):
             events.add_metric([name], count)
         yield from (now, events)
 
-    def describe(self) -> list[Metric]:
-        return []  # so that registering does not ask the dispatcher
+
+class _Encoding(_Asked):
+    def __init__(self, counts: Callable[[], WorkCounts]) -> None:
+        self._counts = counts
+
+    def collect(self) -> Iterator[Metric]:
+        totals, now = self._counts()
+        work = CounterMetricFamily(
+            "mmserve_encode_events",
+            "What the encode workers have opened, decoded and encoded",
+            labels=["event"],
+        )
+        waiting = GaugeMetricFamily(
+            "mmserve_encode_now", "What waits in the encode workers, and bytes decoded ahead", labels=["what"]
+        )
+        cache = CounterMetricFamily(
+            "mmserve_embedding_cache_events",
+            "Frames and images in the embedding cache by tier; a tier is asked for what those before it miss",
+            labels=["tier", "event"],
+        )
+        held = GaugeMetricFamily(
+            "mmserve_embedding_cache_bytes", "Bytes in the embedding cache by tier", labels=["tier"]
+        )
+        for name, count in sorted(totals.items()):
+            event, _, tier = name.partition("/")
+            (cache.add_metric([tier, event], count) if tier else work.add_metric([event], count))
+        for name, count in sorted(now.items()):
+            what, _, tier = name.partition("/")
+            (held.add_metric([tier], count) if tier else waiting.add_metric([what], count))
+        yield from (work, waiting, cache, held)
+
+
+class _Held(_Asked):
+    def __init__(self, held_bytes: Callable[[], Mapping[str, int]]) -> None:
+        self._held_bytes = held_bytes
+
+    def collect(self) -> Iterator[Metric]:
+        held = GaugeMetricFamily(
+            "mmserve_held_bytes", "Bytes of requests that the API process holds now", labels=["what"]
+        )
+        for what, size in sorted(self._held_bytes().items()):
+            held.add_metric([what], size)
+        yield held

@@ -36,6 +36,7 @@ class TierStats(NamedTuple):
     stored: int
     dropped: int  # not stored: too much waited, or it could not be written
     used_bytes: int | None
+    evicted: int | None = None
 
 
 class CacheStats(NamedTuple):
@@ -139,6 +140,24 @@ class EmbeddingCache:
             tiers=tuple(self._tier_stats(tier) for tier in self._tiers),
         )
 
+    def counts(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Events since the start and bytes held now, by tier: named like "hits/disk"."""
+        memories = [("memory", self._memory), ("host", self._host)]
+        totals = {f"evictions/{name}": memory.evictions for name, memory in memories if memory.capacity_bytes}
+        held = {f"bytes/{name}": memory.used_bytes for name, memory in memories if memory.capacity_bytes}
+        for tier in map(self._tier_stats, self._tiers):
+            counted = {"corrupt": tier.corrupt, "failures": tier.failures}
+            counted |= {"stored": tier.stored, "dropped": tier.dropped, "evictions": tier.evicted or 0}
+            totals |= {f"{event}/{tier.name}": count for event, count in counted.items()}
+            held[f"bytes/{tier.name}"] = tier.used_bytes or 0
+        asked = self._hits.total() + self._misses
+        for place in held:
+            name = place.partition("/")[2]
+            # what a tier misses, the next one is asked
+            asked -= self._hits[name]
+            totals |= {f"hits/{name}": self._hits[name], f"misses/{name}": asked}
+        return totals, held
+
     def _read(self, index: int, keys: Sequence[bytes], tokens: int | None, tenant: str) -> dict[bytes, Entry]:
         tier, breaker = self._tiers[index], self._breakers[index]
         if breaker.is_open:
@@ -210,6 +229,7 @@ class EmbeddingCache:
             stored=self._behind.stored[tier.name],
             dropped=self._behind.dropped[tier.name],
             used_bytes=tier.used_bytes(),
+            evicted=tier.evicted(),
         )
 
 

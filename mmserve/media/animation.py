@@ -42,12 +42,7 @@ def plan_animation(path: str | Path, options: MediaOptions, limits: MediaLimits)
     durations = _durations_ms(path, limits)
     with opened(path, limits) as image:
         full = image.size
-    # frames paint over those before, so that all up to the last sampled one are decoded
-    if (painted := len(durations) * full[0] * full[1]) > limits.max_total_pixels:
-        raise MediaError(
-            f"Expected an animation of at most {limits.max_total_pixels} pixels over all frames, "
-            f"but got {painted} ({len(durations)} frames of {full[0]}x{full[1]})"
-        )
+    limits.check_animation(len(durations), *full)
     ends = np.cumsum(durations) / 1e3
     end_s = float(ends[-1])
     if end_s > limits.max_duration_s:

@@ -28,15 +28,15 @@ class Intake:
         self._store = fetcher.store
         self._remembered = RememberedMedia(fetcher.store, max_remembered_bytes)
 
-    async def bring(self, part: MediaPart, tenant: str = "") -> MediaRef:
+    async def bring(self, part: MediaPart, salt: str = "") -> MediaRef:
         """Fetch one item under the policy, or find it; it is held until `release`."""
         if part.content is None:
-            return self._find(part, tenant)
+            return self._find(part, salt)
         if isinstance(part.content, str):
             ref = await self._fetcher.fetch(part.content, part.modality, part.options, part.fps)
         else:
             ref = await self._fetcher.fetch_frames(part.content, part.options, part.fps)
-        return self._noted(part, ref, tenant)
+        return self._noted(part, ref, salt)
 
     def resolve(self, part: MediaPart) -> MediaRef:
         """The same for paths, PIL images and arrays too, and for file: URLs of any place."""
@@ -55,15 +55,19 @@ class Intake:
     def release(self, ref: MediaRef) -> None:
         self._fetcher.release(ref)
 
-    def _noted(self, part: MediaPart, ref: MediaRef, tenant: str) -> MediaRef:
+    def held_bytes(self) -> dict[str, int]:
+        """Files of requests, and files that are only remembered."""
+        return {"media": self._store.held_bytes, "remembered": self._remembered.total_bytes}
+
+    def _noted(self, part: MediaPart, ref: MediaRef, salt: str) -> MediaRef:
         if part.uuid is not None:
-            self._remembered.remember(tenant, part.uuid, ref)
+            self._remembered.remember(salt, part.uuid, ref)
         return ref
 
-    def _find(self, part: MediaPart, tenant: str) -> MediaRef:
+    def _find(self, part: MediaPart, salt: str) -> MediaRef:
         """An item sent before, sampled as it is asked for now."""
         assert part.uuid is not None
-        found = self._remembered.find(tenant, part.uuid, part.modality)
+        found = self._remembered.find(salt, part.uuid, part.modality)
         return msgspec.structs.replace(
             found, options=part.options, array_fps=found.array_fps and (part.fps or found.array_fps)
         )

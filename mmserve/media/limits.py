@@ -90,6 +90,14 @@ class MediaLimits:
         if long > short * self.max_aspect:
             raise MediaError(f"Expected an aspect ratio of at most {self.max_aspect:g}, but got {size}")
 
+    def check_animation(self, count: int, width: int, height: int) -> None:
+        """Raise for frames that paint over those before, so that all are decoded whatever is sampled."""
+        if (painted := count * width * height) > self.max_total_pixels:
+            raise MediaError(
+                f"Expected an animation of at most {self.max_total_pixels} pixels over all frames, "
+                f"but got {painted} ({count} frames of {width}x{height})"
+            )
+
     def check_frames(self, count: int, width: int, height: int) -> None:
         """Raise when the sampled frames of one item are too many, alone or by their pixels."""
         if count > self.max_frames:

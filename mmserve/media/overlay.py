@@ -87,4 +87,4 @@ def _legend(panels: Sequence[Panel], weights: Mapping[int, float]) -> str:
     merged = sum(weights.get(token, 0) > 1 for token in tokens)
     kept = sum(token in weights for token in tokens) - merged
     dropped = len(tokens) - kept - merged
-    return f"{kept} kept as they were, {merged} merged (framed), {dropped} dropped (dark) of {len(tokens)}"
+    return f"{kept} kept, {merged} with others merged in (framed), {dropped} gone (dark), of {len(tokens)}"

@@ -5,9 +5,11 @@ Imports no torch and no decoder. Knows nothing about models or about what frames
 
 from __future__ import annotations
 
+import concurrent.futures
+import itertools
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,11 +52,14 @@ class SandboxPool:
         self._lock = threading.Lock()
         self._is_closed = False
         self._ahead_bytes = 0
+        self._done: Counter[str] = Counter()
         self._lanes = [_Lane(Sandbox(self._directory, self._limits))]
 
     def plan(self, ref: MediaRef) -> MediaPlan:
         """Which frames of the item will be used; an image has one."""
-        return self._submit(self._free_lane(), 1, lambda sandbox: sandbox.submit_plan(ref)).result()
+        plan = self._submit(self._free_lane(), 1, lambda sandbox: sandbox.submit_plan(ref)).result()
+        self._count(items_opened=1)
+        return plan
 
     def decode(self, ref: MediaRef, plan: MediaPlan, positions: Sequence[int] | None = None) -> Decoded:
         """The frames at these positions of the plan, or all of them, at once and in one process."""
@@ -69,8 +74,13 @@ class SandboxPool:
         segment_frames: int = SEGMENT_FRAMES,
     ) -> Segments:
         """The same frames in order, `segment_frames` at a time. Decoding begins at once."""
-        wanted = check_positions(plan, positions)
-        return Segments(self, ref, plan, cut(plan, wanted, segment_frames, self.processes))
+        return Segments(self, ref, plan, check_positions(plan, positions), segment_frames)
+
+    def counts(self) -> tuple[dict[str, int], dict[str, int]]:
+        """What was done since the start, and what waits or is held now."""
+        with self._lock:
+            now = {"frames_to_decode": sum(lane.load for lane in self._lanes)}
+            return dict(self._done), now | {"decoded_ahead_bytes": self._ahead_bytes}
 
     def close(self) -> None:
         """Kill all processes, also under running jobs, which then fail."""
@@ -94,7 +104,22 @@ class SandboxPool:
     def _submit_decode(
         self, lane: _Lane, ref: MediaRef, plan: MediaPlan, wanted: tuple[int, ...]
     ) -> Future[Decoded]:
-        return self._submit(lane, len(wanted), lambda sandbox: sandbox.submit_decode(ref, plan, wanted))
+        future = self._submit(lane, len(wanted), lambda sandbox: sandbox.submit_decode(ref, plan, wanted))
+        future.add_done_callback(self._count_decoded)
+        return future
+
+    def _count_decoded(self, future: Future[Decoded]) -> None:
+        if future.cancelled():
+            return
+        if future.exception() is not None:
+            self._count(decodes_failed=1)
+            return
+        decoded = future.result()
+        self._count(intervals_decoded=1, frames_decoded=len(decoded.positions), frames_lost=len(decoded.lost))
+
+    def _count(self, **more: int) -> None:
+        with self._lock:
+            self._done.update(more)
 
     def _submit(
         self, lane: _Lane, load: int, submit: Callable[[Sandbox], Future[_Result]]
@@ -128,6 +153,7 @@ class SandboxPool:
 class _Ahead(NamedTuple):
     """A segment that was asked for: its pieces, and what it holds of the budget."""
 
+    positions: tuple[int, ...]
     pieces: tuple[Future[Decoded], ...]
     reserved: int
 
@@ -140,15 +166,18 @@ class Segments:
     """
 
     def __init__(
-        self, pool: SandboxPool, ref: MediaRef, plan: MediaPlan, segments: list[tuple[Piece, ...]]
+        self, pool: SandboxPool, ref: MediaRef, plan: MediaPlan, wanted: tuple[int, ...], segment_frames: int
     ) -> None:
         self._pool = pool
         self._ref = ref
         self._plan = plan
-        self._left = deque(segments)
+        # of large frames fewer come together: one segment fits what all may decode ahead
+        fitting = pool._limits.max_ahead_bytes // (plan.width * plan.height * 3)
+        self._segment_frames = max(1, min(segment_frames, fitting))
+        self._left: deque[tuple[Piece, ...]] = deque()
         self._ahead: deque[_Ahead] = deque()
         self._lanes: dict[int, _Lane] = {}  # by interval
-        self._fill()
+        self._plan_on(wanted)
 
     def __iter__(self) -> Iterator[Decoded]:
         return self
@@ -167,18 +196,44 @@ class Segments:
             raise
         return decoded
 
-    def is_ready(self) -> bool:
-        """Whether the next segment, or the end, is there without waiting."""
-        return not self._ahead or all(piece.done() for piece in self._ahead[0].pieces)
+    def is_ready(self, *, whole: bool = False) -> bool:
+        """Whether the next segment, or the end, is there without waiting; `whole`: all that was asked for."""
+        return all(piece.done() for piece in self._pieces(whole=whole))
+
+    def wait(self) -> None:
+        """Until one piece more is there."""
+        concurrent.futures.wait([piece for piece in self._pieces(whole=True) if not piece.done()][:1])
+
+    def _pieces(self, *, whole: bool) -> list[Future[Decoded]]:
+        """Of the segments that were asked for, or of the next one."""
+        segments = self._ahead if whole else itertools.islice(self._ahead, 1)
+        return [piece for segment in segments for piece in segment.pieces]
+
+    def change(self, positions: Iterable[int]) -> None:
+        """From now on exactly these frames, not taken yet, are wanted; what is decoded of them is kept."""
+        wanted = set(positions)
+        kept = [segment for segment in self._ahead if wanted.issuperset(segment.positions)]
+        for segment in self._ahead:
+            if segment not in kept:
+                self._give_up(segment)
+        self._ahead = deque(kept)
+        self._plan_on(tuple(sorted(wanted.difference(*(segment.positions for segment in kept)))))
 
     def close(self) -> None:
         """Give up what has not been taken yet."""
         self._left.clear()
         while self._ahead:
-            segment = self._ahead.popleft()
-            for piece in segment.pieces:
-                piece.cancel()
-            self._pool._release(segment.reserved)
+            self._give_up(self._ahead.popleft())
+
+    def _give_up(self, segment: _Ahead) -> None:
+        for piece in segment.pieces:
+            piece.cancel()
+        self._pool._release(segment.reserved)
+
+    def _plan_on(self, wanted: tuple[int, ...]) -> None:
+        self._left = deque(cut(self._plan, wanted, self._segment_frames, self._pool.processes))
+        self._lanes.clear()
+        self._fill()
 
     def _fill(self) -> None:
         """Ask for segments up to the budget, for one at least."""
@@ -189,8 +244,9 @@ class Segments:
                 if self._ahead:
                     return
                 size = 0
-            pieces = tuple(self._ask(piece) for piece in self._left.popleft())
-            self._ahead.append(_Ahead(pieces, size))
+            pieces = self._left.popleft()
+            positions = sum((piece.positions for piece in pieces), ())
+            self._ahead.append(_Ahead(positions, tuple(self._ask(piece) for piece in pieces), size))
 
     def _ask(self, piece: Piece) -> Future[Decoded]:
         lane = self._lanes.get(piece.interval)

@@ -1,6 +1,6 @@
 """Media that were sent before, under the name their sender gave them (`uuid`).
 
-Knows nothing about fetching. A name means something to its own tenant only.
+Knows nothing about fetching. A name means something under its own salt only.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from mmserve.errors import MediaNotFound, NotFound
 from mmserve.media.local import local_media
 from mmserve.media.store import ContentStore
-from mmserve.request import MediaRef, Modality
+from mmserve.request import MediaRef, Modality, tenant_of
 
 LEAST_BYTES = 1 << 16  # what an item counts as at least, so that small ones are bounded too
 
@@ -23,7 +23,7 @@ class _Item(NamedTuple):
     is_stored: bool  # else a file of the user, where it was
 
 
-_Name = tuple[Modality, str]
+_Name = tuple[str, Modality, str]  # salt, kind, uuid
 
 
 class RememberedMedia:
@@ -44,28 +44,28 @@ class RememberedMedia:
     def total_bytes(self) -> int:
         return sum(self._bytes.values())
 
-    def remember(self, tenant: str, uuid: str, ref: MediaRef) -> None:
+    def remember(self, salt: str, uuid: str, ref: MediaRef) -> None:
         """Keep an item that its caller holds; another one of the same name is forgotten."""
+        tenant, name = tenant_of(salt), (salt, ref.modality, uuid)
         with self._lock:
-            self._forget(tenant, (ref.modality, uuid))
+            self._forget(tenant, name)
             stored = self._store.keep(ref.path)
             size = max(stored or 0, LEAST_BYTES)
-            self._tenants.setdefault(tenant, OrderedDict())[ref.modality, uuid] = _Item(
-                ref, size, stored is not None
-            )
+            self._tenants.setdefault(tenant, OrderedDict())[name] = _Item(ref, size, stored is not None)
             self._bytes[tenant] = self._bytes.get(tenant, 0) + size
             while sum(self._bytes.values()) > self._max_bytes:
                 largest = max(self._bytes, key=self._bytes.__getitem__)
                 self._forget(largest, next(iter(self._tenants[largest])))
 
-    def find(self, tenant: str, uuid: str, modality: Modality) -> MediaRef:
+    def find(self, salt: str, uuid: str, modality: Modality) -> MediaRef:
         """The item, held for the caller; raises MediaNotFound."""
+        name = salt, modality, uuid
         with self._lock:
-            items = self._tenants.get(tenant, OrderedDict())
-            item = items.get((modality, uuid))
+            items = self._tenants.get(tenant_of(salt), OrderedDict())
+            item = items.get(name)
             if item is None:
                 raise _missing(uuid, modality)
-            items.move_to_end((modality, uuid))
+            items.move_to_end(name)
             if item.is_stored:
                 self._store.hold(item.ref.path)
                 return item.ref

@@ -49,6 +49,8 @@ def plan_video(path: str | Path, options: MediaOptions, limits: MediaLimits) -> 
         times: npt.NDArray[np.float64] = index.pts.astype(np.float64) * tick - zero_s
         end_s = max(index.end_pts * tick - zero_s, float(times[-1]))
         check_duration(end_s, limits)
+        if container.format.name == "gif":
+            limits.check_animation(index.pts.size, stream.codec_context.width, stream.codec_context.height)
         chosen = _choose(index, times, end_s, tick, options, limits)
         turn = probe_turn(container, stream, limits)
         full = _upright_size(stream, turn)

@@ -59,6 +59,9 @@ class FakeTier:
         for name in addresses:
             self.records.pop(name, None)
 
+    def evicted(self) -> None:
+        return None
+
     def used_bytes(self) -> int:
         return sum(map(len, self.records.values()))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -78,3 +80,20 @@ def make_video(
 
 def reference(path: Path, modality: Modality = "video") -> MediaRef:
     return MediaRef(modality=modality, path=str(path), digest="0" * 64, source=path.name)
+
+
+def png_bomb(side: int) -> bytes:
+    """A black picture of `side` squared, one bit a pixel: a few kilobytes."""
+    row = b"\0" * (1 + (side + 7) // 8)
+    return b"".join(
+        [
+            b"\x89PNG\r\n\x1a\n",
+            _chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)),
+            _chunk(b"IDAT", zlib.compress(row * side, 9)),
+            _chunk(b"IEND", b""),
+        ]
+    )
+
+
+def _chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))

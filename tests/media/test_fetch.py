@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gzip
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from mmserve.config import Limits
 from mmserve.errors import BadRequest, Forbidden, MediaError, MMServeError, NotFound, TooLarge
 from mmserve.media.fetch import Fetcher, FetchPolicy
 from mmserve.media.limits import MediaLimits
@@ -84,6 +87,7 @@ def test_files_stay_until_their_last_holder_lets_go(tmp_path: Path) -> None:
     ],
 )
 def test_unwanted_answers_leave_nothing(tmp_path: Path, response: Page, error: type[MMServeError]) -> None:
+    """R10: sizes are judged by the header and on the fly, whichever says more."""
     site = Site({"/x": response})
     fetcher = Fetcher(
         FetchPolicy(), LIMITS, tmp_path, resolver=resolver(["1.1.1.1"]), transport=site.transport()
@@ -123,17 +127,64 @@ def endless(part: bytes, pause_s: float) -> Handler:
     return answer
 
 
-def test_an_endless_body_stops_at_the_byte_budget(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "max_bytes", [100_000, pytest.param(Limits().max_image_bytes, marks=pytest.mark.slow)]
+)
+def test_an_endless_body_stops_at_the_byte_budget(tmp_path: Path, max_bytes: int) -> None:
+    """R10: chunks without an end; they pass through memory, which grows by less than 10 MB."""
+    limits = MediaLimits(max_image_bytes=max_bytes, max_image_fetch_s=30.0)
+    before = psutil.Process().memory_info().rss
     with pytest.raises(TooLarge):
-        asyncio.run(_fetch_from(endless(b"x" * 10_000, 0), LIMITS, tmp_path))
+        asyncio.run(_fetch_from(endless(b"x" * 10_000, 0), limits, tmp_path))
+    assert psutil.Process().memory_info().rss - before < 10e6
     assert leftovers(tmp_path) == []
 
 
-def test_a_dripping_body_stops_at_the_time_budget(tmp_path: Path) -> None:
-    began = time.perf_counter()
+@pytest.mark.parametrize(
+    ("limit_s", "slack_s"),
+    [(0.2, 5.0), pytest.param(Limits().max_image_fetch_s, 0.1, marks=pytest.mark.slow)],
+)
+def test_a_dripping_body_stops_at_the_time_budget(tmp_path: Path, limit_s: float, slack_s: float) -> None:
+    """R10: a byte now and then; given up 100 ms after the budget at the latest."""
+
+    async def timed() -> float:
+        began = time.perf_counter()
+        with pytest.raises(MediaError, match=f"within {limit_s:g} s"):
+            await _fetch_from(endless(b"x", 0.01), MediaLimits(max_image_fetch_s=limit_s), tmp_path)
+        return time.perf_counter() - began
+
+    assert asyncio.run(timed()) < limit_s + slack_s
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("stage", ["connected", "head"])
+def test_a_silent_host_is_given_up_at_the_time_budget(tmp_path: Path, stage: str) -> None:
+    """R10: no answer at all, or one that stops in its headers."""
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if stage == "head":
+            writer.write(b"HTTP/1.1 200 OK\r\nx: ")
+        await asyncio.sleep(60)
+
     with pytest.raises(MediaError, match=r"within 0\.2 s"):
-        asyncio.run(_fetch_from(endless(b"x", 0.01), MediaLimits(max_image_fetch_s=0.2), tmp_path))
-    assert time.perf_counter() - began < 5
+        asyncio.run(_fetch_from(silent, MediaLimits(max_image_fetch_s=0.2), tmp_path))
+    assert leftovers(tmp_path) == []
+
+
+def test_a_body_compressed_into_nothing_is_not_unpacked(tmp_path: Path) -> None:
+    """R10: identity is asked for, and a bomb that comes all the same is refused by its header."""
+    asked: list[bytes] = []
+    bomb = gzip.compress(bytes(10_000_000))
+
+    async def packed(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(await reader.readuntil(b"\r\n\r\n"))
+        head = b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: %d\r\n\r\n" % len(bomb)
+        writer.write(head + bomb)
+        await writer.drain()
+
+    with pytest.raises(MediaError, match="without content encoding"):
+        asyncio.run(_fetch_from(packed, LIMITS, tmp_path))
+    assert b"accept-encoding: identity" in asked[0].lower()
     assert leftovers(tmp_path) == []
 
 

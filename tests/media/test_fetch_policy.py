@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from mmserve.conversation import MediaPart
 from mmserve.errors import BadRequest, Forbidden, MediaError
 from mmserve.media.fetch import Fetcher, FetchPolicy
+from mmserve.media.intake import Intake
+from mmserve.request import MediaRef
 from tests.media.web import (
     DIGEST,
     LIMITS,
@@ -102,6 +107,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("url", HOSTILE)
 def test_hostile_urls_dial_nothing(tmp_path: Path, url: str) -> None:
+    """R9: a table of more than 40 URLs; nothing is dialled for any of them."""
     site = Site()
     fetcher = Fetcher(FetchPolicy(), LIMITS, tmp_path, resolver=system, transport=site.transport())
     with pytest.raises((BadRequest, Forbidden, MediaError)) as caught:
@@ -111,7 +117,37 @@ def test_hostile_urls_dial_nothing(tmp_path: Path, url: str) -> None:
     assert "127.0.0.1" not in caught.value.public_message
 
 
+def test_the_table_is_long_enough() -> None:
+    """R9."""
+    assert len(set(HOSTILE)) >= 40
+
+
+def _awaited(intake: Intake, part: MediaPart) -> MediaRef:
+    return asyncio.run(intake.bring(part))
+
+
+@pytest.mark.parametrize("way", ["server", "frames", "batch"])
+@pytest.mark.parametrize("url", HOSTILE)
+def test_no_way_in_dials_them(tmp_path: Path, url: str, way: str) -> None:
+    """R9: the server's media, the frames of a list, and what `LLM` and batches resolve, by one policy."""
+    if way == "batch" and (not re.match("https?:", url, re.IGNORECASE)):
+        pytest.skip("a path or file of the user who runs the batch")
+    site = Site()
+    fetcher = Fetcher(FetchPolicy(), LIMITS, tmp_path, resolver=system, transport=site.transport())
+    intake = Intake(fetcher, 1 << 20)
+    if way == "batch":
+        bring = partial(intake.resolve, MediaPart("image", url))
+    else:
+        part = MediaPart("image", url) if way == "server" else MediaPart("video", (url,))
+        bring = partial(_awaited, intake, part)
+    with pytest.raises((BadRequest, Forbidden, MediaError)):
+        bring()
+    assert site.requests == []
+    assert leftovers(tmp_path) == []
+
+
 def test_one_private_answer_among_public_ones_is_enough(tmp_path: Path) -> None:
+    """R9."""
     site = Site()
     mixed = resolver(["1.1.1.1", "10.0.0.1"])
     fetcher = Fetcher(FetchPolicy(), LIMITS, tmp_path, resolver=mixed, transport=site.transport())
@@ -121,6 +157,7 @@ def test_one_private_answer_among_public_ones_is_enough(tmp_path: Path) -> None:
 
 
 def test_rebinding_between_hops_is_caught_and_one_hop_resolves_once(tmp_path: Path) -> None:
+    """R9: the first answer is public, the second is not."""
     asked: list[str] = []
     site = Site({"/go": (302, {"location": "/again"}, b"")})
 
@@ -165,6 +202,7 @@ def test_redirects_are_judged_like_first_urls(tmp_path: Path, location: str) -> 
 
 
 def test_three_redirects_pass_and_four_do_not(tmp_path: Path) -> None:
+    """R9."""
     hops = {f"/{n}": (301, {"location": f"/{n - 1}"}, b"") for n in range(1, 5)}
     site = Site(hops)
     fetcher = Fetcher(
@@ -186,6 +224,7 @@ def test_only_allowed_hosts_where_a_list_is_given(tmp_path: Path) -> None:
 
 
 def test_a_redirect_never_reaches_a_canary_on_loopback(tmp_path: Path) -> None:
+    """R9: 0 hits."""
     hits: list[bytes] = []
 
     async def canary(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -15,9 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from mmserve.config import Limits
 from mmserve.errors import MediaError
 from mmserve.media.image import decode_image, plan_image
 from mmserve.media.limits import MediaLimits
+from tests.media.clips import png_bomb
 
 LIMITS = MediaLimits()
 
@@ -36,6 +38,7 @@ def png_header(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("side", [(1, 1), (2, 3), (27, 28), (1, 200), (1023, 7)])
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "I;16"])
 def test_every_mode_becomes_rgb(tmp_path: Path, side: tuple[int, int], mode: str) -> None:
+    """R16, of one file."""
     path = tmp_path / "image"
     picture = Image.new("L", side, 200)
     converted = Image.new("I;16", side, 51_400) if mode == "I;16" else picture.convert(mode)
@@ -52,6 +55,7 @@ def test_every_mode_becomes_rgb(tmp_path: Path, side: tuple[int, int], mode: str
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_exif_orientation_is_undone(tmp_path: Path, kind: str, orientation: int) -> None:
+    """R16, of one file."""
     path = tmp_path / "image"
     pixels = np.zeros((16, 32, 3), dtype=np.uint8)
     pixels[:8, :16] = 255
@@ -92,6 +96,7 @@ def test_an_animation_counts_as_its_first_frame(tmp_path: Path) -> None:
     ],
 )
 def test_bombs_are_refused_from_their_header(tmp_path: Path, width: int, height: int, message: str) -> None:
+    """R11: within 50 ms and 20 MB."""
     path = tmp_path / "bomb.png"
     path.write_bytes(png_header(width, height))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -104,10 +109,66 @@ def test_bombs_are_refused_from_their_header(tmp_path: Path, width: int, height:
 
 @pytest.mark.parametrize("kind", ["TIFF", "BMP", "PPM", "ICO", "JPEG2000"])
 def test_other_formats_are_refused(tmp_path: Path, kind: str) -> None:
+    """R11: only JPEG, PNG, WebP and GIF are let in."""
     path = tmp_path / "image.png"
     Image.new("RGB", (16, 16)).save(path, kind)
     with pytest.raises(MediaError, match="not an image that can be read"):
         plan_image(path, LIMITS)
+
+
+def test_a_real_bomb_of_31_kilobytes_is_refused(tmp_path: Path) -> None:
+    """R11: 16,000 squared at one bit a pixel would be 1.25 GB; nothing of it is decoded."""
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png_bomb(16_000))
+    assert path.stat().st_size < 40_000
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.process_time()
+    for look in (plan_image, decode_image):
+        with pytest.raises(MediaError, match="at most 33500000 pixels per frame"):
+            look(path, LIMITS)
+    assert time.process_time() - began < 0.05
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # kilobytes
+
+
+@pytest.mark.parametrize(
+    ("inside", "outside"),
+    [
+        ((4, 4), (3, 4)),
+        ((16_384, 82), (16_385, 82)),
+        ((5787, 5788), (5788, 5789)),
+        ((800, 4), (801, 4)),
+    ],
+)
+def test_a_deployments_limits_hold_at_their_borders(
+    tmp_path: Path, inside: tuple[int, int], outside: tuple[int, int]
+) -> None:
+    """R11: sides of 4 to 16,384, at most 33.5 megapixels and 200:1."""
+    limits = MediaLimits.from_config(Limits())
+    path = tmp_path / "image.png"
+    path.write_bytes(png_header(*inside))
+    assert plan_image(path, limits).width == inside[0]
+    path.write_bytes(png_header(*outside))
+    with pytest.raises(MediaError):
+        plan_image(path, limits)
+
+
+def test_a_file_of_two_kinds_is_what_its_beginning_says(tmp_path: Path) -> None:
+    """R11: what a picture carries behind or inside it is never looked at."""
+    path = tmp_path / "image"
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), (9, 99, 199)).save(buffer, "PNG")
+    picture = buffer.getvalue()
+    for tail in (
+        b"<script>alert(1)</script>",
+        b"PK\x03\x04" + bytes(64),
+        b"\0\0\0\x0cjP  \r\n\x87\n",
+        b"%PDF-1.7",
+    ):
+        path.write_bytes(picture + tail)
+        assert decode_image(path, LIMITS).shape == (16, 16, 3)
+        path.write_bytes(tail + picture)
+        with pytest.raises(MediaError, match="not an image that can be read"):
+            plan_image(path, LIMITS)
 
 
 def _samples() -> list[bytes]:

@@ -94,13 +94,21 @@ def test_what_is_decoded_ahead_has_a_budget_over_all_items(tmp_path: Path, clip:
 
 def test_readiness_can_be_asked(pool: SandboxPool, clip: MediaRef) -> None:
     segments = pool.segments(clip, pool.plan(clip), range(8))
-    for future in segments._ahead[0].pieces:
-        future.result()
-    assert segments.is_ready()
+    while not segments.is_ready():
+        segments.wait()
     assert len(next(segments).positions) == 8
     assert segments.is_ready()
     with pytest.raises(StopIteration):
         next(segments)
+
+
+def test_whether_all_is_there_can_be_asked(pool: SandboxPool, clip: MediaRef) -> None:
+    segments = pool.segments(clip, pool.plan(clip))
+    while not segments.is_ready(whole=True):
+        segments.wait()
+    assert all(piece.done() for segment in segments._ahead for piece in segment.pieces)
+    assert len(list(segments)) == 5
+    segments.wait()  # for nothing
 
 
 def test_a_segment_left_early_gives_everything_back(pool: SandboxPool, clip: MediaRef) -> None:

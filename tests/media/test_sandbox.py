@@ -184,6 +184,7 @@ def test_after_a_death_the_next_job_works_within_a_second(
 
 
 def test_a_hanging_decoder_is_killed_at_its_deadline(frames_dir: Path, tmp_path: Path) -> None:
+    """R13: the wall deadline."""
     sandbox = Sandbox(frames_dir, MediaLimits(job_deadline_s=1.5))
     try:
         ref = reference(make_video(tmp_path / "clip.mp4", frames=4))
@@ -229,6 +230,7 @@ def test_the_process_outlives_the_thread_that_called(sandbox: Sandbox, tmp_path:
 
 
 def test_the_process_is_replaced_after_its_share_of_jobs(frames_dir: Path, tmp_path: Path) -> None:
+    """R13: recycled."""
     sandbox = Sandbox(frames_dir, MediaLimits(process_jobs=2))
     try:
         ref = reference(make_video(tmp_path / "clip.mp4", frames=4))
@@ -307,6 +309,7 @@ print(json.dumps({"refused": refused, **results}))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="rights are taken away by Linux' seccomp")
 def test_a_confined_process_has_no_network_no_children_and_little_memory() -> None:
+    """R13: no sockets, no fork, no exec, no signals, little memory."""
     assert confined(ATTEMPTS) == {
         "refused": True,
         "socket": "PermissionError",
@@ -319,12 +322,14 @@ def test_a_confined_process_has_no_network_no_children_and_little_memory() -> No
 
 
 def test_endless_computing_is_ended_by_the_kernel() -> None:
+    """R13: RLIMIT_CPU."""
     code = "from mmserve.media import confine; confine.allow_cpu(0)\nwhile True: pass"
     done = subprocess.run([sys.executable, "-c", code], check=False, timeout=60)
     assert done.returncode == -signal.SIGXCPU
 
 
 def test_the_process_sees_no_environment_and_few_files(sandbox: Sandbox) -> None:
+    """R13: nothing of the worker's is open in it."""
     environment = Path(f"/proc/{pid_of(sandbox)}/environ").read_bytes()
     names = {entry.split(b"=")[0] for entry in environment.split(b"\0") if entry}
     assert names <= {

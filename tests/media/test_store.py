@@ -167,16 +167,18 @@ def test_what_was_not_used_for_longest_goes_first(tmp_path: Path) -> None:
     assert memory.total_bytes == 3 * LEAST_BYTES
 
 
-def test_a_flood_pushes_out_its_senders_media_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize("salts", [1, 50])
+def test_a_flood_pushes_out_its_senders_media_only(tmp_path: Path, salts: int) -> None:
+    """R18, for media by name; many salts of one tenant have the share of one."""
     store = ContentStore(tmp_path)
     memory = remembered(store, 8 * LEAST_BYTES)
-    kept = [send(memory, store, str(number), b"b%d" % number, "b") for number in range(3)]
+    kept = [send(memory, store, str(number), b"b%d" % number, "b/x") for number in range(3)]
     for number in range(50):
-        send(memory, store, str(number), b"a%d" % number, "a")
+        send(memory, store, str(number), b"a%d" % number, f"a/{number % salts}")
     for number, ref in enumerate(kept):
-        assert memory.find("b", str(number), "image") == ref
+        assert memory.find("b/x", str(number), "image") == ref
         store.release(ref.path)
-    assert memory.find("a", "49", "image")
+    assert memory.find(f"a/{49 % salts}", "49", "image")
     assert memory.total_bytes == 8 * LEAST_BYTES
 
 

@@ -65,22 +65,29 @@ def leftovers(directory: Path) -> list[str]:
 async def serving(handler: Handler) -> AsyncIterator[int]:
     """A TCP server on loopback; yields its port and leaves no connection open."""
     running: set[asyncio.Task[None]] = set()
+    writers: set[asyncio.StreamWriter] = set()
 
-    async def tracked(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        running.add(task)
+    async def served(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             await handler(reader, writer)
         finally:
             writer.transport.abort()
-            with suppress(ConnectionError):
-                await writer.wait_closed()
+
+    def tracked(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # a task that is cancelled before it runs closes nothing
+        writers.add(writer)
+        running.add(asyncio.ensure_future(served(reader, writer)))
 
     async with await asyncio.start_server(tracked, "127.0.0.1", 0) as server:
         try:
             yield server.sockets[0].getsockname()[1]
         finally:
+            for _ in range(8):  # to let in who has just come takes some turns, on a server that is open
+                await asyncio.sleep(0)
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
+            for writer in writers:
+                writer.transport.abort()
+                with suppress(ConnectionError):
+                    await writer.wait_closed()

@@ -57,6 +57,7 @@ class FakePipeline:
         self.gate.set()
         self.error: MMServeError | None = None
         self.is_ready = True
+        self.without_token = 0
         self.prompts: list[Prompt] = []
         self.cancelled: list[str] = []
         self.records: dict[str, Record] = {}
@@ -67,6 +68,10 @@ class FakePipeline:
 
     def as_pipeline(self) -> Pipeline:
         return cast(Pipeline, self)
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.records) >= self.max_active
 
     def admit(self, listener: Callable[[Update], None], deadline_s: float | None = None) -> str:
         with self._lock:
@@ -107,6 +112,9 @@ class FakePipeline:
 
     def counts(self) -> dict[str, int]:
         return {"admitted": 3, "worker_deaths": 1, "active": len(self.records), "waiting": 0}
+
+    def work_counts(self) -> tuple[dict[str, int], dict[str, int]]:
+        return {"frames_decoded": 7, "hits/memory": 2}, {"items_open": 1, "bytes/memory": 512}
 
     def close(self) -> None:
         for request_id in list(self.records):
@@ -173,7 +181,7 @@ class FakeFetcher:
         self.gate.set()
         self.is_waiting = threading.Event()
 
-    async def bring(self, part: MediaPart, tenant: str = "") -> MediaRef:
+    async def bring(self, part: MediaPart, salt: str = "") -> MediaRef:
         url = part.content
         self.is_waiting.set()
         await self.gate.wait()
@@ -193,6 +201,9 @@ class FakeFetcher:
 
     def release(self, ref: MediaRef) -> None:
         self.held -= 1
+
+    def held_bytes(self) -> dict[str, int]:
+        return {"media": self.held}
 
 
 class RunningServer:

@@ -11,6 +11,7 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from mmserve.config import ServeConfig
+from mmserve.request import tenant_of
 from mmserve.server.auth import OPEN_PATHS, ApiKeyMiddleware
 from tests.server.fakes import RunningServer, ask, running_server
 
@@ -71,11 +72,17 @@ def test_a_wrong_key_is_refused(server: RunningServer, header: str) -> None:
 
 
 def test_each_key_works_and_has_caches_of_its_own(server: RunningServer) -> None:
+    """R18: a salt per key, and per salt of a key; all salts of a key have one share of room."""
     for key in ("first-key", "second-key", "first-key"):
         assert ask(server, key=key).status_code == 200
     first, second, third = (prompt.salt for prompt in server.pipeline.prompts[-3:])
     assert first == third != second
     assert "" not in (first, second)
+    for number in range(2):
+        assert ask(server, key="first-key", cache_salt=f"/{number}").status_code == 200
+    salts = [prompt.salt for prompt in server.pipeline.prompts[-2:]]
+    assert len({first, *salts}) == 3
+    assert {tenant_of(salt) for salt in salts} == {tenant_of(first)} != {tenant_of(second)}
 
 
 @pytest.mark.parametrize("root_path", ["", "/livez", "/api"])

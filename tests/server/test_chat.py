@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
 
+from mmserve.config import MethodDefaults, PruneUnderLoad, ServeConfig
 from mmserve.errors import MediaError
 from mmserve.request import MediaOptions
-from tests.server.fakes import ANSWER, VIDEO, RunningServer, ask, events, running_server
+from tests.server.fakes import ANSWER, VIDEO, FakePipeline, RunningServer, ask, events, running_server
 
 REPORT_KEYS = {"finish_reason", "usage", "media", "timings_ms", "methods"}
 
@@ -108,6 +110,38 @@ def test_a_stream_ends_with_done_and_without_usage_unless_asked(server: RunningS
     }
 
 
+def test_what_a_request_leaves_open_follows_the_load() -> None:
+    load = PruneUnderLoad(floor=0.05, floors={9: 0.02})
+    config = ServeConfig(methods=MethodDefaults(prune="holitom"), prune_under_load=load)
+    pipeline = FakePipeline()
+    asked: list[dict[str, Any]] = [
+        {},
+        {"mmserve": {"keep": 0.5}},
+        {"mmserve": {"prune": "evs"}},
+        {"priority": 9},
+    ]
+    with running_server(config, pipeline=pipeline) as server:
+        for pipeline.without_token in (0, 8, 100):
+            for fields in asked:
+                own = {"report": True, **fields.get("mmserve", {})}
+                report = ask(server, **{**fields, "mmserve": own}).json()["usage"]["mmserve"]
+                assert report["methods"]["keep"] == pipeline.prompts[-1].methods.keep
+        assert "mmserve_keep 0.02" in server.http.get("/metrics").text
+    kept = [prompt.methods.keep for prompt in pipeline.prompts]
+    assert kept[::4] == [0.25, 0.15, 0.05]
+    assert kept[1::4] == [0.5] * 3
+    assert kept[2::4] == [0.25] * 3
+    assert kept[3::4] == [0.25, 0.14, 0.02]
+
+
+def test_which_tokens_survive_is_asked_of_the_pipeline() -> None:
+    pipeline = FakePipeline()
+    with running_server(pipeline=pipeline) as server:
+        for own in ({"report": True, "report_tokens": True}, {"report_tokens": True}, {"report": True}):
+            ask(server, mmserve=own)
+    assert [prompt.report_tokens for prompt in pipeline.prompts] == [True, False, False]
+
+
 def test_the_report_is_there_when_asked_for(server: RunningServer) -> None:
     body = ask(server, messages=VIDEO, mmserve={"report": True, "prune": "holitom", "keep": 0.25}).json()
     report = body["usage"]["mmserve"]
@@ -117,6 +151,9 @@ def test_the_report_is_there_when_asked_for(server: RunningServer) -> None:
     assert report["methods"] == {
         "prune": "holitom",
         "keep": 0.25,
+        "keep_image": None,
+        "prune_options": {},
+        "prune_text_images": False,
         "attention": "dense",
         "kv": "none",
         "kv_budget": None,

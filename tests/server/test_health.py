@@ -24,6 +24,11 @@ METRICS = {
     "mmserve_ready",
     "mmserve_dispatcher_now",
     "mmserve_dispatcher_events",
+    "mmserve_encode_events",
+    "mmserve_encode_now",
+    "mmserve_embedding_cache_events",
+    "mmserve_embedding_cache_bytes",
+    "mmserve_held_bytes",
 }
 
 
@@ -100,6 +105,12 @@ def test_metrics_count_what_happened() -> None:
         'mmserve_stage_seconds_count{stage="prefill"} 2.0',
         'mmserve_dispatcher_events_total{event="worker_deaths"} 1.0',
         'mmserve_dispatcher_now{what="active"} 0.0',
+        'mmserve_encode_events_total{event="frames_decoded"} 7.0',
+        'mmserve_encode_now{what="items_open"} 1.0',
+        'mmserve_embedding_cache_events_total{event="hits",tier="memory"} 2.0',
+        'mmserve_embedding_cache_bytes{tier="memory"} 512.0',
+        'mmserve_held_bytes{what="bodies"} 0.0',
+        'mmserve_held_bytes{what="media"} 0.0',
         "mmserve_ready 1.0",
     ):
         assert line in text

@@ -2,17 +2,153 @@
 
 from __future__ import annotations
 
+import math
+import re
 import subprocess
 import sys
+from typing import Any
 
+import msgspec
+import pytest
+
+from mmserve.budget import DEFAULT_KEEP
+from mmserve.config import MethodDefaults, PruneUnderLoad, ServeConfig
+from mmserve.errors import BadRequest, ConfigError
 from mmserve.kv.base import POLICIES
-from mmserve.methods import NAMES
+from mmserve.methods import INNER, NAMES, choose_methods, deployed_methods, inner_part, least_keep, outer_part
 from mmserve.pruning.base import PRUNERS
+from mmserve.pruning.inner import REDUCERS, make_reducer
+from mmserve.request import Methods, Option
+
+PLAIN = MethodDefaults()
 
 
 def test_the_names_are_those_of_the_registries() -> None:
-    assert NAMES["prune"] == tuple(PRUNERS)
+    assert tuple(REDUCERS) == tuple(INNER)
+    assert NAMES["prune"] == (*PRUNERS, *REDUCERS)
     assert NAMES["kv"] == tuple(POLICIES)
+
+
+def test_what_a_method_keeps_by_default_is_its_own_inside_the_model() -> None:
+    assert {name: make_reducer(name).keep for name in REDUCERS} == INNER
+    assert all(choose_methods(PLAIN, prune=name).keep == keep for name, keep in INNER.items())
+    assert choose_methods(PLAIN, prune="holitom").keep == DEFAULT_KEEP
+    assert choose_methods(PLAIN, prune="holitom+fastv").keep == DEFAULT_KEEP
+    assert choose_methods(PLAIN, prune="carriers").keep == choose_methods(PLAIN).keep == 1.0
+
+
+def test_a_method_inside_the_model_follows_one_behind_the_tower() -> None:
+    both = choose_methods(PLAIN, prune="holitom+fastv", keep=0.25)
+    assert (outer_part(both), inner_part(both)) == (("holitom", 0.25, {}), ("fastv", None, {}))
+    alone = choose_methods(PLAIN, prune="fastv", keep=0.25, prune_options={"layer": 3})
+    assert (outer_part(alone), inner_part(alone)) == (("none", 1.0, {}), ("fastv", 0.25, {"layer": 3}))
+    outer = choose_methods(PLAIN, prune="holitom", keep=64, keep_image="16/frame", prune_options={"tau": 0.7})
+    assert (outer_part(outer), inner_part(outer)) == (("holitom", 64, {"tau": 0.7}), None)
+    assert outer_part(outer, "image") == ("holitom", "16/frame", {"tau": 0.7})
+
+
+def test_settings_of_the_second_method_bear_its_name() -> None:
+    options: dict[str, Option] = {"tau": 0.7, "fastv.layer": 3, "fastv.keep": 0.1}
+    both = choose_methods(PLAIN, prune="holitom+fastv", prune_options=options)
+    assert (outer_part(both), inner_part(both)) == (
+        ("holitom", 0.25, {"tau": 0.7}),
+        ("fastv", 0.1, {"layer": 3}),
+    )
+
+
+def test_what_a_request_leaves_out_is_the_deployments() -> None:
+    deployed = MethodDefaults(prune="holitom", keep=64, keep_image=0.5, prune_options={"tau": 0.7})
+    assert choose_methods(deployed) == Methods(
+        prune="holitom", keep=64, keep_image=0.5, prune_options={"tau": 0.7}
+    )
+    more = choose_methods(deployed, keep=0.1, prune_options={"beta": 0.5})
+    assert (more.keep, more.keep_image, more.prune_options) == (0.1, 0.5, {"tau": 0.7, "beta": 0.5})
+    assert choose_methods(deployed, prune="none") == Methods()
+    assert choose_methods(deployed, prune="evs") == Methods(prune="evs", keep=64, keep_image=0.5)
+    assert choose_methods(deployed, prune="fastv") == Methods(prune="fastv", keep=0.5)
+    assert choose_methods(deployed, prune="carriers") == Methods(prune="carriers")
+
+
+def test_what_was_chosen_can_be_chosen_again() -> None:
+    for name in NAMES["prune"]:
+        chosen = choose_methods(PLAIN, prune=name)
+        assert choose_methods(PLAIN, **msgspec.to_builtins(chosen)) == chosen
+
+
+IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
+    ({"keep": 0.5}, "Expected keep only with prune, which names the method that keeps so much, but got 0.5"),
+    ({"prune": "none", "keep": 64}, "Expected keep only with prune"),
+    ({"keep_image": 0.5}, "Expected keep_image only with prune"),
+    ({"prune_options": {"tau": 1}}, "Expected prune_options only with prune"),
+    ({"prune": "carriers", "keep": 0.5}, "no keep with prune carriers, which keeps one token per frame"),
+    ({"prune": "carriers", "keep_image": "4/frame"}, "no keep_image with prune carriers"),
+    ({"prune": "fastv", "keep": 64}, "keep of at most 1 with prune fastv, which thins out"),
+    ({"prune": "fastv", "keep": "4/frame"}, "but got '4/frame'"),
+    ({"prune": "fastv", "keep_image": 0.5}, "no keep_image with prune fastv, which thins out"),
+    ({"prune": "holitom", "keep": 0}, "keep of above 0"),
+    ({"prune": "holitom", "keep_image": 1.5}, "keep_image of above 0"),
+    ({"prune": "holitom", "prune_options": {"tau": math.inf}}, "prune_options.tau to be a number"),
+    ({"prune": "holitom", "prune_options": {"tau": [1]}}, "prune_options.tau to be a number"),
+    (
+        {"prune": "holitom", "prune_options": dict.fromkeys(map(str, range(17)), 1)},
+        "at most 16 prune_options",
+    ),
+    ({"prune": "holitm"}, "Expected prune to be one of none, random"),
+    ({"attention": "x"}, "Expected attention to be one of dense"),
+    ({"kv": "x"}, "Expected kv to be one of none"),
+    ({"kv_budget": -1}, "Expected kv_budget of more than 0"),
+]
+
+
+@pytest.mark.parametrize(("given", "why"), IMPOSSIBLE, ids=lambda case: str(case)[:60])
+def test_an_impossible_pair_is_refused_and_says_why(given: dict[str, Any], why: str) -> None:
+    with pytest.raises(BadRequest, match=re.escape(why)) as refused:
+        choose_methods(PLAIN, **given)
+    assert refused.value.status == 400
+
+
+def test_a_deployment_is_held_to_the_same_rules() -> None:
+    for defaults in (MethodDefaults(keep=0.5), MethodDefaults(prune="carriers", keep=0.5)):
+        with pytest.raises(BadRequest, match="Expected"):
+            choose_methods(defaults)
+
+
+def test_only_a_share_behind_the_tower_can_fall_under_load() -> None:
+    load = PruneUnderLoad(floor=0.1, floors={5: 0.02, 6: 0.9})
+    deployed = ServeConfig(methods=MethodDefaults(prune="holitom"), prune_under_load=load)
+    methods = deployed_methods(deployed)
+    assert [least_keep(load, priority, methods) for priority in (0, 5, 6)] == [0.1, 0.02, None]
+    assert least_keep(PruneUnderLoad(), 0, methods) is None
+    for wrong in (PLAIN, MethodDefaults(prune="fastv"), MethodDefaults(prune="carriers")):
+        with pytest.raises(ConfigError, match="prune_under_load only with"):
+            deployed_methods(ServeConfig(methods=wrong, prune_under_load=load))
+    with pytest.raises(ConfigError, match="keep 64"):
+        deployed_methods(
+            ServeConfig(
+                methods=MethodDefaults(prune="evs", keep=64), prune_under_load=PruneUnderLoad(floor=0.1)
+            )
+        )
+    with pytest.raises(ConfigError, match="Expected keep only with prune"):
+        deployed_methods(ServeConfig(methods=MethodDefaults(keep=0.5)))
+
+
+@pytest.mark.parametrize(
+    "prune",
+    [
+        "fastv+holitom",
+        "fastv+fastv",
+        "holitom+uniform",
+        "holitom+",
+        "+fastv",
+        "holitom+fastv+fastv",
+        "x+fastv",
+        "none+fastv",
+        "carriers+fastv",
+    ],
+)
+def test_other_pairs_are_refused(prune: str) -> None:
+    with pytest.raises(BadRequest, match="Expected prune"):
+        choose_methods(PLAIN, prune=prune, keep=0.5)
 
 
 def test_the_api_process_loads_no_model_library() -> None:

@@ -42,6 +42,10 @@ class Tier(Protocol):
         """None where the tier does not know; called on any thread."""
         ...
 
+    def evicted(self) -> int | None:
+        """Records that had to go for lack of room; None where the tier does not know."""
+        ...
+
     def close(self) -> None: ...
 
 

@@ -44,7 +44,7 @@ class DiskTier:
     ) -> None:
         self._max_bytes = max_bytes
         self._clock_ns = clock_ns
-        self._used_bytes = 0
+        self._used_bytes = self._evicted = 0
         self._touched: dict[bytes, int] = {}
         self._lock = threading.Lock()
         try:
@@ -92,6 +92,9 @@ class DiskTier:
     def used_bytes(self) -> int:
         return self._used_bytes
 
+    def evicted(self) -> int:
+        return self._evicted
+
     def close(self) -> None:
         try:
             self._make_room(0, 0)
@@ -128,9 +131,10 @@ class DiskTier:
                 changes.touch(name, at_ns)
             evicts = is_short or changes.used_bytes + needed > self._max_bytes
             if evicts:
-                changes.shrink_to(max(self._max_bytes - needed - more, 0))
+                evicted = changes.shrink_to(max(self._max_bytes - needed - more, 0))
             self._used_bytes = changes.used_bytes
         if evicts:
+            self._evicted += evicted
             turn(self._env, self._tables)
 
 

@@ -81,8 +81,9 @@ class Ledger:
         self._txn.delete(address, db=self._tables.records)
         self._shares[note.tenant] -= note.size
 
-    def shrink_to(self, max_bytes: int) -> None:
-        """Remove the oldest records of whoever holds most, until the rest fits."""
+    def shrink_to(self, max_bytes: int) -> int:
+        """Remove the oldest records of whoever holds most, until the rest fits; returns how many."""
+        removed = 0
         while (used_bytes := self.used_bytes) > max_bytes:
             heaviest = self._shares.most_common(1)[0][0]
             with self._txn.cursor(self._tables.ages) as cursor:
@@ -90,6 +91,8 @@ class Ledger:
             self.remove(age[_AGE_BYTES:])
             if self.used_bytes >= used_bytes:
                 raise TierError("its tables contradict each other")
+            removed += 1
+        return removed
 
     def write_shares(self) -> None:
         for tenant, share in self._shares.items():

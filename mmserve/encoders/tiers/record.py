@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mmserve.encoders.tiers.storage import DTYPES, Storage, restore, shrink, storage_for
 from mmserve.errors import WireError
-from mmserve.messages import ArrayHeader
+from mmserve.lease import ArrayHeader
 from mmserve.tensors import to_numpy, to_torch
 from mmserve.wire import Array, Buffer, Codec, array_from, check_layout, checked_bytes, lay_out
 

@@ -50,6 +50,9 @@ class SharedTier:
     def used_bytes(self) -> None:
         return None
 
+    def evicted(self) -> None:
+        return None
+
     def close(self) -> None:
         self._reads.close()
         self._writes.close()

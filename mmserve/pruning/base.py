@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib import import_module
@@ -28,13 +28,15 @@ class VisualItem:
 
     `saliency` is the attention each token received in the vision tower, larger is more important.
     `protect` marks tokens that always survive and never count, such as row newlines; every frame
-    has the same marks.
+    has the same marks. `grids` are rows and columns of the pictures that the other tokens of a frame
+    show one after the other, row by row; where they are not known, a method may guess.
     """
 
     embeddings: Tensor  # [T, N, D]
     saliency: Tensor  # [T, N]
     protect: Tensor | None = None  # bool [T, N]
     modality: Modality = "video"
+    grids: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
         grid = self.embeddings.shape[:2]
@@ -68,10 +70,12 @@ class Pruner(Protocol):
     paper: ClassVar[str]
     needs_query: ClassVar[bool]
     needs_whole_item: ClassVar[bool]  # or a whole window, where the method has `window_frames`
-    acts_at: ClassVar[Literal["encoder"]]
     count: ClassVar[Literal["exact", "bound"]]
     trained_weights: ClassVar[bool]
     modalities: ClassVar[tuple[Modality, ...]]
+
+    @property
+    def acts_at(self) -> Literal["encoder", "prefill"]: ...
 
     @property
     def keep(self) -> float: ...
@@ -88,6 +92,21 @@ PRUNERS: dict[str, str] = {
     "random": "mmserve.pruning.random:RandomPruning",
     "uniform": "mmserve.pruning.uniform:UniformPruning",
     "holitom": "mmserve.pruning.holitom:HoliTom",
+    "carriers": "mmserve.pruning.carriers:SemanticCarriers",
+    "visionzip": "mmserve.pruning.visionzip:VisionZip",
+    "prumerge": "mmserve.pruning.prumerge:PruMerge",
+    "dycoke": "mmserve.pruning.dycoke:DyCoke",
+    "prunevid": "mmserve.pruning.prunevid:PruneVid",
+    "framefusion": "mmserve.pruning.framefusion:FrameFusion",
+    "fastvid": "mmserve.pruning.fastvid:FastVID",
+    "flashvid": "mmserve.pruning.flashvid:FlashVID",
+    "divprune": "mmserve.pruning.divprune:DivPrune",
+    "scissor": "mmserve.pruning.scissor:Scissor",
+    "sttm": "mmserve.pruning.sttm:STTM",
+    "tome": "mmserve.pruning.tome:ToMe",
+    "evs": "mmserve.pruning.evs:EVS",
+    "vidcom2": "mmserve.pruning.vidcom2:VidCom2",
+    "timechat": "mmserve.pruning.timechat:TimeChat",
 }
 
 
@@ -99,16 +118,21 @@ def load_pruner(name: str) -> type[Pruner]:
     return cast("type[Pruner]", getattr(import_module(module), attribute))
 
 
-def make_pruner(name: str, keep: float, **settings: float | None) -> Pruner:
+def make_pruner(name: str, keep: float, **settings: object) -> Pruner:
     """Build a method that keeps the share `keep` of the tokens; wrong names or values raise BadRequest."""
     method = load_pruner(name)
+    check_settings(name, method, settings)
+    build = cast("Callable[..., Pruner]", method)
+    return build(keep=keep, **settings)
+
+
+def check_settings(name: str, method: type[Any], settings: Iterable[str]) -> None:
+    """Raise BadRequest unless a method has them all."""
     known = [field.name for field in dataclasses.fields(method) if field.name != "keep"]
     for setting in settings:
         if setting not in known:
             expected = f"one of {', '.join(known)}" if known else "none"
-            raise BadRequest(f"Expected settings of {name} to be {expected}, but got {setting!r}")
-    build = cast("Callable[..., Pruner]", method)
-    return build(keep=keep, **settings)
+            raise BadRequest(f"Expected settings of {name} to be {expected}, but got {setting[:40]!r}")
 
 
 def check_range(setting: str, value: object, low: float, high: float, *, low_open: bool = False) -> None:
@@ -127,13 +151,24 @@ def check_count(setting: str, value: object, low: int, high: int) -> None:
     raise BadRequest(f"Expected {setting} to be a whole number from {low} to {high}, but got {value!r}")
 
 
+def check_flag(setting: str, value: object) -> None:
+    """Raise BadRequest unless `value` is true or false."""
+    if not isinstance(value, bool):
+        raise BadRequest(f"Expected {setting} to be true or false, but got {value!r}")
+
+
 def check_keep(keep: object) -> None:
     check_range("keep", keep, 0, 1, low_open=True)
 
 
 def exact_count(keep: float, total: int) -> int:
     """max(1, floor(keep * total)) of the decimal that was written: 0.29 of 100 is 29, never 28."""
-    return min(total, max(1, math.floor(Fraction(repr(float(keep))) * total)))
+    return min(total, max(1, floor_share(keep, total)))
+
+
+def floor_share(share: float, total: int) -> int:
+    """floor(share * total) of the decimal that was written."""
+    return math.floor(Fraction(repr(float(share))) * total)
 
 
 def window_frames(pruner: Pruner) -> int:
@@ -148,3 +183,9 @@ def windows(frames: int, window_frames: int) -> Iterator[tuple[int, int]]:
     step = window_frames or frames
     for start in range(0, frames, step):
         yield start, min(start + step, frames)
+
+
+def count_by_window(keep: float, frames: int, tokens: int, window_frames: int, *, least: int = 1) -> int:
+    """How many of `frames` x `tokens` survive where each window keeps its exact count, or `least` tokens."""
+    spans = windows(frames, window_frames)
+    return sum(max(least, exact_count(keep, (stop - start) * tokens)) for start, stop in spans)

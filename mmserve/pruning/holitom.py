@@ -22,13 +22,14 @@ from mmserve.pruning.base import (
     check_count,
     check_keep,
     check_range,
-    exact_count,
-    windows,
+    count_by_window,
 )
 from mmserve.pruning.density import merge_clusters
-from mmserve.pruning.protect import in_order, reduce_unprotected
+from mmserve.pruning.protect import in_order
 from mmserve.pruning.quotas import exact_quotas
 from mmserve.pruning.segmentation import Bools, Ints, Segments, run_lengths, segment_frames
+from mmserve.pruning.selection import leading, top_of_rows
+from mmserve.pruning.windowed import reduce_by_window
 
 # entries of the distance table built at once: 256 MiB in fp32
 _MAX_DISTANCES = 2**26
@@ -73,41 +74,22 @@ class HoliTom:
         return 0.65 if self.keep <= 0.1 else 0.8
 
     def plan(self, frames: int, tokens: int) -> int:
-        spans = windows(frames, self.window_frames)
-        return sum(exact_count(self.keep, (stop - start) * tokens) for start, stop in spans)
+        return count_by_window(self.keep, frames, tokens, self.window_frames)
 
     def reduce(self, item: VisualItem) -> Reduced:
-        return reduce_unprotected(item, self._reduce)
+        return reduce_by_window(self, item, self._reduce_window)
 
-    def _reduce(self, item: VisualItem) -> Reduced:
-        frames, tokens = item.saliency.shape
-        spans = list(windows(frames, self.window_frames))
-        parts = [self._reduce_window(item.embeddings[a:b], item.saliency[a:b]) for a, b in spans]
-        return Reduced(
-            embeddings=torch.cat([part.embeddings for part in parts]),
-            source=torch.cat([part.source + a * tokens for part, (a, _) in zip(parts, spans, strict=True)]),
-            weight=torch.cat([part.weight for part in parts]),
-        )
-
-    def _reduce_window(self, embeddings: Tensor, saliency: Tensor) -> Reduced:
+    def _reduce_window(self, x: Tensor, saliency: Tensor, budget: int) -> Reduced:
         frames, tokens = saliency.shape
-        budget = exact_count(self.keep, frames * tokens)
-        # fp32 at least: averages of half-precision features drift
-        x = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
         # the only device-to-host copy: everything but which tokens win is then known on the host
         cosine = F.cosine_similarity(x[:-1], x[1:], dim=2).clamp(max=1).cpu().numpy()
         segments = segment_frames(cosine > self.threshold, budget)
         if budget >= frames * tokens - segments.removed:
-            merged = _merge_most_similar(x, cosine, segments, budget)
-        else:
-            static_quotas, dynamic_quotas = _split_budget(segments, budget)
-            fixed = self._cluster_static(x, segments, static_quotas)
-            moving = _most_salient(x, saliency, segments, dynamic_quotas)
-            merged = in_order(*(torch.cat(pair) for pair in zip(fixed, moving, strict=True)))
-        assert len(merged.source) == budget
-        return Reduced(
-            embeddings=merged.embeddings.to(embeddings.dtype), source=merged.source, weight=merged.weight
-        )
+            return _merge_most_similar(x, cosine, segments, budget)
+        static_quotas, dynamic_quotas = _split_budget(segments, budget)
+        fixed = self._cluster_static(x, segments, static_quotas)
+        moving = _most_salient(x, saliency, segments, dynamic_quotas)
+        return in_order(*(torch.cat(pair) for pair in zip(fixed, moving, strict=True)))
 
     def _cluster_static(self, x: Tensor, segments: Segments, quotas: Ints) -> tuple[Tensor, Tensor, Tensor]:
         """Average static tokens over their segment, then cluster each segment's to its quota."""
@@ -138,7 +120,7 @@ class HoliTom:
             neighbours=self.neighbours,
             beta=self.beta,
         )
-        group, slot = (torch.from_numpy(i).to(x.device) for i in _leading(counts, int(counts.max())))
+        group, slot = leading(counts, int(counts.max()), x.device)
         first = torch.from_numpy(starts).to(x.device)[group] * x.shape[1]
         copies = torch.from_numpy(stops - starts).to(x.device)[group]
         return (
@@ -166,10 +148,8 @@ def _most_salient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The most salient dynamic tokens of each frame, equal ones by position."""
     static = torch.from_numpy(segments.static[segments.of_frame]).to(x.device)
-    ranked = saliency.masked_fill(static, -torch.inf).sort(dim=1, descending=True, stable=True).indices
-    frame, rank = (torch.from_numpy(i).to(x.device) for i in _leading(quotas, x.shape[1]))
-    position = ranked[frame, rank]
-    return x[frame, position], frame * x.shape[1] + position, _ones(x, len(position))
+    source = top_of_rows(saliency.masked_fill(static, -torch.inf), quotas)
+    return x.flatten(0, 1)[source], source, _ones(x, len(source))
 
 
 def _merge_most_similar(x: Tensor, cosine: np.ndarray, segments: Segments, budget: int) -> Reduced:
@@ -197,12 +177,6 @@ def _merge_most_similar(x: Tensor, cosine: np.ndarray, segments: Segments, budge
         sums.append(torch.where(join[t - 1], sums[-1] + x[t], x[t]))
     merged = torch.stack(sums).flatten(0, 1)[last] / weight[:, None]
     return Reduced(embeddings=merged, source=torch.from_numpy(source).to(x.device), weight=weight)
-
-
-def _leading(counts: Ints, width: int) -> tuple[Ints, Ints]:
-    """Row and column of the first `counts[row]` entries of each row of a table `width` wide."""
-    row, column = np.nonzero(np.arange(width) < counts[:, None])
-    return row, column
 
 
 def _ones(x: Tensor, length: int) -> Tensor:

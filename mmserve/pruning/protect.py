@@ -34,7 +34,10 @@ def reduce_unprotected(item: VisualItem, reduce: Callable[[VisualItem], Reduced]
     if len(fixed.source) == frames * tokens:
         return fixed
     inner = VisualItem(
-        embeddings=item.embeddings[:, ~marks], saliency=item.saliency[:, ~marks], modality=item.modality
+        embeddings=item.embeddings[:, ~marks],
+        saliency=item.saliency[:, ~marks],
+        modality=item.modality,
+        grids=item.grids,
     )
     rest = reduce(inner)
     return in_order(

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 
 def exact_quotas(sizes: Ints, segment: Ints, budget: int) -> Ints:
@@ -28,4 +29,30 @@ def exact_quotas(sizes: Ints, segment: Ints, budget: int) -> Ints:
     rest = budget - int(quotas.sum())
     assert 0 <= rest <= int((fraction > 0).sum())
     quotas[np.argsort(-fraction, kind="stable")[:rest]] += 1
+    return quotas
+
+
+def even_quotas(groups: int, budget: int) -> Ints:
+    """Quotas that sum to `budget` and differ by one at most, the larger ones spread evenly."""
+    return np.diff((2 * np.arange(groups + 1) * budget + groups) // (2 * groups))
+
+
+def weighted_quotas(weights: Floats, size: int, budget: int) -> Ints:
+    """Quotas in proportion to `weights`, which are above 0, none above `size`, that sum to `budget` exactly.
+
+    What a full group cannot take goes to the others in proportion; remainders go by largest fraction,
+    then lower index.
+    """
+    assert 0 <= budget <= size * len(weights)
+    shares = np.zeros(len(weights))
+    is_full = np.zeros(len(weights), dtype=np.bool_)
+    while True:
+        rest = np.where(is_full, 0.0, weights)
+        shares = np.where(is_full, size, (budget - size * is_full.sum()) * rest / (rest.sum() or 1.0))
+        if not (over := (shares > size) & ~is_full).any():
+            break
+        is_full |= over
+    quotas = np.floor(shares).astype(np.int64)
+    fraction = np.where(quotas < size, shares - quotas, -1)
+    quotas[np.argsort(-fraction, kind="stable")[: budget - int(quotas.sum())]] += 1
     return quotas

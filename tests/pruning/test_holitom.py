@@ -11,26 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmserve.pruning.base import Reduced, VisualItem
+from mmserve.pruning.base import VisualItem
 from mmserve.pruning.density import merge_clusters
 from mmserve.pruning.holitom import HoliTom
-
-Row = tuple[int, Tensor, int]  # source, embedding, weight
-
-
-def clip(seed: int, frames: int, tokens: int, dim: int = 6, noise: float = 0.25) -> VisualItem:
-    """Scenes with still backgrounds, changing patches and cuts; saliency with many ties."""
-    rng = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=rng, dtype=torch.float64)
-
-    cuts = (torch.rand(frames, generator=rng) < 0.25).cumsum(0)
-    scenes = normal(frames + 1, tokens, dim)
-    busy = torch.rand(frames + 1, tokens, 1, generator=rng, dtype=torch.float64) ** 3
-    embeddings = scenes[cuts] + (noise + 2 * busy[cuts]) * normal(frames, tokens, dim)
-    saliency = (torch.rand(frames, tokens, generator=rng) * 5).round() / 5
-    return VisualItem(embeddings=embeddings, saliency=saliency)
+from tests.pruning.clips import Row, assert_identical, assert_same, clip, density_clusters
 
 
 def literal(item: VisualItem, keep: float, tau: float, beta: float, neighbours: int) -> list[Row]:
@@ -128,39 +112,12 @@ def join_runs(x: Tensor, joined: set[tuple[int, int]]) -> list[Row]:
 def density_peaks(
     tokens: dict[int, Tensor], count: int, beta: float, neighbours: int
 ) -> list[tuple[int, Tensor, int]]:
-    names = list(tokens)
-    k = min(neighbours, count)
-    dist = {
-        (p, q): float((tokens[p] - tokens[q]).norm()) / len(tokens[p]) ** 0.5 for p in names for q in names
-    }
-    rho = {p: math.exp(-sum(sorted(dist[p, q] ** 2 for q in names)[:k]) / k) if k else 0.0 for p in names}
-    delta = {}
-    for p in names:
-        above = [dist[p, q] for q in names if rho[q] > rho[p] or (rho[q] == rho[p] and q < p)]
-        delta[p] = min(above) if above else max(dist.values())
-    centres = sorted(names, key=lambda p: (-rho[p] * delta[p], p))[:count]
-    members: dict[int, list[Tensor]] = {c: [] for c in centres}
-    for p in names:
-        if p not in members and centres:
-            members[min(centres, key=lambda c: dist[p, c])].append(tokens[p])
     merged = []
-    for c in centres:
-        near = members[c]
+    for c, others in density_clusters(tokens, count, neighbours).items():
+        near = [tokens[p] for p in others]
         value = beta * tokens[c] + (1 - beta) * torch.stack(near).mean(dim=0) if near else tokens[c]
         merged.append((c, value, 1 + len(near)))
     return merged
-
-
-def assert_same(ours: Reduced, rows: list[Row]) -> None:
-    assert ours.source.tolist() == [source for source, _, _ in rows]
-    assert ours.weight.tolist() == [weight for _, _, weight in rows]
-    torch.testing.assert_close(ours.embeddings, torch.stack([value for _, value, _ in rows]))
-
-
-def assert_identical(a: Reduced, b: Reduced) -> None:
-    assert torch.equal(a.embeddings, b.embeddings)
-    assert torch.equal(a.source, b.source)
-    assert torch.equal(a.weight, b.weight)
 
 
 @given(

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from mmserve.attention.blocked import blocked_causal
 from mmserve.attention.paged import PagedAttention, SequenceRows
+from mmserve.attention.segmented import SegmentedPrompt
 from mmserve.kernels.paged_decode.cpu import paged_decode
 from mmserve.kernels.prefill_attention import cpu as native
 from mmserve.kv.sequence import Runs
@@ -33,14 +34,33 @@ class CpuAttention(PagedAttention):
         store: PageStore,
         batch: Sequence[SequenceRows],
         observe: Mapping[str, Sequence[int]] | None = None,
+        layers: range | None = None,
     ) -> None:
-        super().__init__(table, store, batch, observe)
+        super().__init__(table, store, batch, observe, layers)
         self._runs = {rows.sequence: table.runs(rows.sequence) for rows in batch}
         self._prompt_runs = {rows.sequence: _joined([self._runs[rows.sequence]]) for rows in self._prompts}
+        self._segmented = {
+            rows.sequence: SegmentedPrompt(
+                store,
+                self._runs[rows.sequence],
+                table.order(rows.sequence, 0, 0),
+                rows.until,
+                rows.stop - rows.start,
+            )
+            for rows in self._prompts
+            if rows.until is not None
+        }
         if self._decodes:
             self._decode_runs = _joined([self._runs[rows.sequence] for rows in self._decodes])
 
     def _prompt(self, layer: int, rows: SequenceRows, q: Tensor) -> Tensor:
+        if rows.until is not None:
+            is_alike = q.dtype is self._store.k.dtype
+            return (
+                self._segmented[rows.sequence].attend(layer, q)
+                if is_alike
+                else super()._prompt(layer, rows, q)
+            )
         if native.is_available(q, self._store.k):
             width, runs = q.shape[-1], self._prompt_runs[rows.sequence]
             return native.prefill_attention(

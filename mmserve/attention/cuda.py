@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmserve.attention.paged import PagedAttention, SequenceRows
+from mmserve.attention.tiles import Chunk, segmented_index
+from mmserve.attention.visibility import segments
 from mmserve.kernels.dispatch import backend_for
 from mmserve.kernels.norm_rope import rope_append
 from mmserve.kernels.paged_decode import naive_pages
@@ -94,9 +96,10 @@ class CudaAttention(PagedAttention):
         store: PageStore,
         batch: Sequence[SequenceRows],
         observe: Mapping[str, Sequence[int]] | None = None,
+        layers: range | None = None,
     ) -> None:
         batch = sorted(batch, key=lambda rows: rows.start)
-        super().__init__(table, store, batch, observe)
+        super().__init__(table, store, batch, observe, layers)
         device = store.k.device
         self._slots = to_device(self._new_slots, device)  # [layers, kv_heads, N]
         self._observe = {
@@ -114,12 +117,13 @@ class CudaAttention(PagedAttention):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.dtype is not self._store.k.dtype:
             return super().attend(layer, q, k, v)
-        self._store.write(self._slots[layer], k.transpose(0, 1), v.transpose(0, 1))
+        self._store.write(self._slots[layer - self._first_layer], k.transpose(0, 1), v.transpose(0, 1))
         return self._outputs(layer, q.contiguous())
 
     def attend_products(self, layer: int, qkv: Tensor, rotation: Rotation) -> Tensor:
         """As `attend`, of what the layer's products are before they are rotated; see `models.fused`."""
-        return self._outputs(layer, append(qkv, rotation, self._slots[layer], self._store))
+        slots = self._slots[layer - self._first_layer]
+        return self._outputs(layer, append(qkv, rotation, slots, self._store))
 
     def _outputs(self, layer: int, q: Tensor) -> Tensor:
         for name, rows in self._observe.items():
@@ -136,6 +140,7 @@ class CudaAttention(PagedAttention):
 class _Chunks:
     """Chunks of prompts, causal: row i of n sees all but the last n - i - 1 slots of each head.
 
+    Where slots are not seen by all later rows, tiles are segments of a chunk; see `visibility`.
     Heads may have lost different slots, so each KV head of each sequence is an axis of its own, and its
     query heads' rows are rows of their own: q [N, kv_heads * group, d] is read as [N * kv_heads, group, d].
     """
@@ -154,7 +159,7 @@ class _Chunks:
         self._pages = None if all(len(first) == 1 for first in runs) else pages
         begins = np.stack([first[0] for first in runs], axis=1).reshape(table.layers, -1, 1)
         self._begins = to_device(begins, store.k.device)  # [layers, axes, 1]
-        self._chunks = [(rows.start - chunks[0].start, rows.stop - rows.start) for rows in chunks]
+        self._chunks = [_chunk(table, rows, chunks[0].start) for rows in chunks]
         self._lengths = lengths.reshape(table.layers, -1)
         self._indexes: dict[tuple[int, bytes], AttentionIndex] = {}
 
@@ -178,32 +183,51 @@ class _Chunks:
         return self._indexes[key]
 
     def _build(self, layer: int, group: int) -> AttentionIndex:
-        heads, device = self._kv_heads, self._store.k.device
+        device, lengths = self._store.k.device, self._lengths[layer]
+        tile_rows = _tile_rows(device, self._store.k)
+        if any(chunk.segments is not None for chunk in self._chunks):
+            of_heads = lengths.reshape(-1, self._kv_heads)
+            index = segmented_index(self._chunks, of_heads, group=group, tile_rows=tile_rows)
+        else:
+            index = self._dense(lengths, group, tile_rows)
+        return replace(
+            index,
+            tiles=to_device(index.tiles.numpy(), device),
+            rows=to_device(index.rows.numpy(), device),
+            runs=to_device(index.runs.numpy(), device),
+            blocks=to_device(index.blocks.numpy(), device),
+            columns=to_device(index.columns.numpy(), device),
+            row_order=to_device(index.row_order.numpy(), device),
+        )
+
+    def _dense(self, lengths: IntArray, group: int, tile_rows: int) -> AttentionIndex:
+        heads = self._kv_heads
         index = dense_index(
-            [count for _, count in self._chunks for _ in range(heads)],
-            self._lengths[layer].tolist(),
+            [chunk.rows for chunk in self._chunks for _ in range(heads)],
+            lengths.tolist(),
             q_heads=group,
             kv_heads=1,
-            tile_rows=_tile_rows(device, self._store.k),
+            tile_rows=tile_rows,
         )
         # its rows come head after head, ours row after row
         places = [
-            (start + np.arange(count)) * heads + head
-            for start, count in self._chunks
+            (chunk.start + np.arange(chunk.rows)) * heads + head
+            for chunk in self._chunks
             for head in range(heads)
         ]
         rows = np.concatenate(places).astype(np.int32)
         orders = np.empty_like(rows)
         orders[rows] = index.row_order.numpy()
-        return replace(
-            index,
-            tiles=to_device(index.tiles.numpy(), device),
-            rows=to_device(rows, device),
-            runs=to_device(index.runs.numpy(), device),
-            blocks=to_device(index.blocks.numpy(), device),
-            columns=to_device(index.columns.numpy(), device),
-            row_order=to_device(orders, device),
-        )
+        return replace(index, rows=torch.from_numpy(rows), row_order=torch.from_numpy(orders))
+
+
+def _chunk(table: PageTable, rows: SequenceRows, first: int) -> Chunk:
+    """A chunk among those whose packed rows begin with `first`."""
+    count = rows.stop - rows.start
+    if rows.until is None:
+        return Chunk(rows.start - first, count)
+    found = segments(table.order(rows.sequence, 0, 0), rows.until, count)
+    return Chunk(rows.start - first, count, found)
 
 
 def _tile_rows(device: torch.device, pages: Tensor) -> int:

@@ -1,7 +1,8 @@
 """Causal attention of new rows over the paged KV of their sequences, plain torch.
 
 One instance serves one forward pass of a batch: prompts in chunks and single decode rows together.
-Causality is `order_k <= order_q`, never a place in memory, so heads may have lost different slots.
+Causality is `order_k <= order_q`, never a place in memory, so heads may have lost different slots; where a
+slot is seen `until` some order, `order_q < until_k` holds too.
 Knows nothing about models or requests.
 """
 
@@ -20,17 +21,22 @@ from mmserve.kv.table import IntArray, PageTable, SlotArray
 
 
 class SequenceRows(NamedTuple):
-    """Rows [start, stop) of the packed batch: the last slots of `sequence`, appended to the table before."""
+    """Rows [start, stop) of the packed batch: the last slots of `sequence`, appended to the table before.
+
+    `until`, where not every later row sees a slot: the first order that does not, of each slot.
+    """
 
     sequence: str
     start: int
     stop: int
+    until: IntArray | None = None  # [slots], with all heads alike
 
 
 class PagedAttention:
     """Writes the batch's K and V into their pages and attends over everything each sequence has.
 
-    The rows of `batch` cover the packed tensors; a sequence appears once.
+    The rows of `batch` cover the packed tensors; a sequence appears once. `layers` are those of the pass
+    where it is not through all of them: the others have no slots for these rows.
     `observe` names rows of the packed batch whose rotated queries are kept, layer after layer, in
     `observed[sequence]`, each [rows, q_heads, d].
     """
@@ -41,12 +47,14 @@ class PagedAttention:
         store: PageStore,
         batch: Sequence[SequenceRows],
         observe: Mapping[str, Sequence[int]] | None = None,
+        layers: range | None = None,
     ) -> None:
         self._table = table
         self._store = store
         self._prompts = [rows for rows in batch if rows.stop - rows.start != 1]
         self._decodes = [rows for rows in batch if rows.stop - rows.start == 1]
-        tails = [table.tail(rows.sequence, rows.stop - rows.start) for rows in batch]
+        self._first_layer = 0 if layers is None else layers.start
+        tails = [table.tail(rows.sequence, rows.stop - rows.start, layers) for rows in batch]
         self._new_slots = np.concatenate(tails, axis=2)  # [layers, kv_heads, rows in batch order]
         self._rows = torch.cat([torch.arange(rows.start, rows.stop) for rows in batch])
         self._observe = {name: torch.tensor(rows, dtype=torch.long) for name, rows in (observe or {}).items()}
@@ -55,7 +63,8 @@ class PagedAttention:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Outputs [N, Hq, d] for rotated q [N, Hq, d] and k, v [N, Hkv, d]; layers come in order."""
         rows = self._rows.to(k.device)
-        self._store.write(self._new_slots[layer], k[rows].transpose(0, 1), v[rows].transpose(0, 1))
+        slots = self._new_slots[layer - self._first_layer]
+        self._store.write(slots, k[rows].transpose(0, 1), v[rows].transpose(0, 1))
         for name, observed in self._observe.items():
             self.observed[name].append(q[observed.to(q.device)])
         out = torch.empty_like(q)
@@ -73,7 +82,7 @@ class PagedAttention:
         grouped = q.transpose(0, 1).unflatten(0, (len(k), -1))  # [kv_heads, group, n, d]
         shape = grouped.shape[:2]
         # with nothing older in any head, row i sees the first i + 1 slots
-        is_first = k.shape[1] == len(q)
+        is_first = k.shape[1] == len(q) and rows.until is None
         visible = None if is_first else self._visible(orders, rows, layer).to(q.device)[:, None]
         out = functional.scaled_dot_product_attention(
             grouped,
@@ -87,7 +96,10 @@ class PagedAttention:
     def _visible(self, orders: IntArray, rows: SequenceRows, layer: int) -> Tensor:
         """Which slots each row sees, bool [kv_heads or 1, n, S]; the new rows are alike in all heads."""
         query_orders = self._table.order(rows.sequence, layer, 0)[rows.start - rows.stop :]
-        return torch.from_numpy(orders[:, None, :] <= query_orders[:, None])
+        visible = orders[:, None, :] <= query_orders[:, None]
+        if rows.until is not None:
+            visible &= query_orders[:, None] < rows.until
+        return torch.from_numpy(visible)
 
     def _decode(self, layer: int, q: Tensor) -> Tensor:
         """One row per sequence, padded to the longest; the query heads of a group are the row axis."""

@@ -6,7 +6,6 @@ A sequence's K/V live in head-owned pages from its first prompt row until `relea
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +17,9 @@ from mmserve.attention.backend import attention_for
 from mmserve.attention.cuda import CudaAttention, to_device
 from mmserve.attention.paged import PagedAttention, SequenceRows
 from mmserve.engine.graphs import MAX_ROWS, DecodeGraphs
-from mmserve.engine.scheduler import Plan
+from mmserve.engine.groups import LayerGroups
+from mmserve.engine.rows import DecodeRow, PromptRows, first_visual, row_after
+from mmserve.engine.scheduler import Chunk, Plan
 from mmserve.kernels.dispatch import backend_for
 from mmserve.kv.base import KVPolicy, LayerView
 from mmserve.kv.identity import Identity
@@ -27,70 +28,7 @@ from mmserve.kv.store import KVExport, PageStore
 from mmserve.kv.table import PageTable
 from mmserve.models.decoder import TextDecoder
 from mmserve.models.fused import fused_forward
-
-MAX_OBSERVED = 64  # text queries after the last visual token that KV policies see
-
-
-@dataclass(slots=True, kw_only=True)
-class PromptRows:
-    """A prompt to run: one row per surviving token; until it `is_whole`, as far as it is known.
-
-    `order` is each row's index in the uncompressed prompt, `position` its RoPE position.
-    """
-
-    embeddings: Tensor  # [n or more, D]
-    order: NDArray[np.int32]
-    position: NDArray[np.int32]
-    is_visual: NDArray[np.bool_]
-    is_whole: bool = True
-    is_observed: bool = False  # keep the queries that a KV policy wants to see
-    wants_logits: bool = False  # of every row
-    done: int = 0
-    cached: int = 0  # rows whose KV was there already
-    observed: list[list[Tensor]] = field(default_factory=list)  # per chunk, per layer [rows, Hq, d]
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    @property
-    def ready(self) -> int:
-        return rows_ready(len(self), is_whole=self.is_whole, is_observed=self.is_observed)
-
-    @property
-    def first_observed(self) -> int:
-        return first_observed(self.is_visual)
-
-
-def rows_ready(known: int, *, is_whole: bool, is_observed: bool) -> int:
-    """How many leading rows of a prompt may be run.
-
-    While more can come, those are kept back that may turn out to be observed, and one at least, since the
-    last row is what the first token is drawn from.
-    """
-    if is_whole:
-        return known
-    return max(known - (MAX_OBSERVED if is_observed else 1), 0)
-
-
-def first_observed(is_visual: NDArray[np.bool_]) -> int:
-    """The rows from here on are text after the last visual token, at most `MAX_OBSERVED`."""
-    visual = np.flatnonzero(is_visual)
-    after = int(visual[-1]) + 1 if len(visual) else 0
-    return max(min(after, len(is_visual) - 1), len(is_visual) - MAX_OBSERVED)
-
-
-def most_cached(is_visual: NDArray[np.bool_], *, is_observed: bool) -> int:
-    """How many leading rows may come from the cache; the others are needed for what they compute."""
-    return first_observed(is_visual) if is_observed else len(is_visual) - 1
-
-
-@dataclass(slots=True)
-class DecodeRow:
-    """The newest token of a running sequence: its id and where it goes."""
-
-    token: int
-    order: int
-    position: int
+from mmserve.pruning.inner import InnerView
 
 
 class StepResult(NamedTuple):
@@ -142,7 +80,7 @@ class Runner:
         return int((self.table.owners(pages) - self.prefix.holds(pages) == 1).sum())
 
     def cached(self, identity: Identity | None, most: int) -> tuple[int, int]:
-        """Leading rows whose KV is there, `most` at most, and those of its pages that are in use anyway."""
+        """Leading slots whose KV is there, `most` at most, and those of its pages that are in use anyway."""
         if identity is None:
             return 0, 0
         found = self.prefix.match(identity, most)
@@ -157,12 +95,13 @@ class Runner:
         identity: Identity | None = None,
         most_cached: int = 0,
     ) -> None:
-        """Take what the prefix cache has, and pages for all other rows and `headroom` tokens after them."""
+        """Take what the prefix cache has, and pages for all other slots and `headroom` tokens after them."""
         self.prompts[sequence] = prompt
         if identity is not None and (found := self.prefix.match(identity, most_cached)):
             self.prefix.take(sequence, identity, found)
-            prompt.done = prompt.cached = found
-        self.reserve(sequence, len(prompt.embeddings) - prompt.cached + headroom)
+            prompt.cached, prompt.done = found, row_after(found, prompt.until)
+        prompt.headroom = headroom
+        self.reserve(sequence, prompt.slots - prompt.cached + headroom)
 
     def reserve(self, sequence: str, slots: int) -> None:
         """Own pages for `slots` more slots, at the expense of what is only remembered."""
@@ -192,21 +131,40 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, plan: Plan, decodes: dict[str, DecodeRow]) -> StepResult:
-        """One step of every decode and chunk of the plan."""
-        batch = self._batch(plan, decodes)
+        """One step of every decode and chunk of the plan.
+
+        They go through the model together, but for prompts that pass it in groups of layers: of these, who
+        passes the same layers goes together.
+        """
+        groups: dict[range | None, list[Chunk]] = {None: []} if plan.decodes else {}
+        for chunk in plan.chunks:
+            groups.setdefault(self.prompts[chunk.sequence].layers, []).append(chunk)
+        parts = []
+        for layers, chunks in groups.items():
+            own = Plan(plan.decodes if layers is None else (), tuple(chunks))
+            parts.append(self._run_through(layers, own, decodes))
+        if len(parts) == 1:
+            return parts[0]
+        names = tuple(name for part in parts for name in part.names)
+        hidden = {name: rows for part in parts for name, rows in part.prompt_hidden.items()}
+        return StepResult(names, torch.cat([part.logits for part in parts]), hidden)
+
+    def _run_through(self, layers: range | None, plan: Plan, decodes: dict[str, DecodeRow]) -> StepResult:
+        """Through a group of layers, or all."""
+        batch = self._batch(layers, plan, decodes)
         positions = np.concatenate(batch.positions)
         if self.graphs is not None and not plan.chunks and len(plan.decodes) <= MAX_ROWS:
             return StepResult(plan.decodes, self.graphs.run(plan.decodes, batch.tokens, positions), {})
-        attention = self.attention(self.table, self.store, batch.rows, batch.observe)
+        attention = self.attention(self.table, self.store, batch.rows, batch.observe, layers)
         decoding = [self.embed(batch.tokens)] if batch.tokens else []
         rows, where = torch.cat([*decoding, *batch.pieces]), to_device(positions, self.device)
         if isinstance(attention, CudaAttention):
-            hidden = fused_forward(self.decoder, rows, where, attention.attend_products)
+            hidden = fused_forward(self.decoder, rows, where, attention.attend_products, layers)
         else:
-            hidden = self.decoder(rows, where, attention.attend)
+            hidden = self.decoder(rows, where, attention.attend, layers)
         return self._result(plan, batch, hidden, attention)
 
-    def _batch(self, plan: Plan, decodes: dict[str, DecodeRow]) -> _Batch:
+    def _batch(self, layers: range | None, plan: Plan, decodes: dict[str, DecodeRow]) -> _Batch:
         batch = _Batch([], [], [], [], {})
         for start, name in enumerate(plan.decodes):
             row = decodes[name]
@@ -220,15 +178,15 @@ class Runner:
         for chunk in plan.chunks:
             prompt = self.prompts[chunk.sequence]
             rows = slice(chunk.start, chunk.stop)
-            self.table.append(chunk.sequence, prompt.order[rows], prompt.position[rows])
+            self.table.append(chunk.sequence, prompt.order[rows], prompt.position[rows], layers)
             batch.pieces.append(prompt.embeddings[rows])
             batch.positions.append(prompt.position[rows])
             stop = start + chunk.stop - chunk.start
-            batch.rows.append(SequenceRows(chunk.sequence, start, stop))
-            if prompt.is_observed and prompt.is_whole:
-                first = max(prompt.first_observed, chunk.start)
-                if first < chunk.stop:
-                    batch.observe[chunk.sequence] = range(start + first - chunk.start, stop)
+            until = None
+            if prompt.until is not None:
+                until = prompt.until_of(self.table.order(chunk.sequence, 0, 0))
+            batch.rows.append(SequenceRows(chunk.sequence, start, stop, until))
+            batch.observe.update(_observed(chunk, prompt, start))
             start = stop
         return batch
 
@@ -244,12 +202,17 @@ class Runner:
         for chunk in plan.chunks:
             prompt = self.prompts[chunk.sequence]
             prompt.done = chunk.stop
-            if chunk.sequence in attention.observed:
-                prompt.observed.append(attention.observed[chunk.sequence])
-            if prompt.is_whole and prompt.done == len(prompt):
+            first_layer = 0 if prompt.layers is None else prompt.layers.start
+            for layer, queries in enumerate(attention.observed.get(chunk.sequence, []), first_layer):
+                prompt.observed.setdefault(layer, []).append(queries)
+            rows = where[chunk.sequence]
+            if prompt.groups is not None:
+                self._leave_group(chunk, prompt, prompt.groups, hidden[rows.start : rows.stop])
+            if prompt.until is not None:
+                self._drop_unseen(chunk.sequence, prompt)
+            if prompt.is_over:
                 finished.append(chunk.sequence)
             if prompt.wants_logits:
-                rows = where[chunk.sequence]
                 prompt_hidden[chunk.sequence] = hidden[rows.start : rows.stop]
         if finished:
             last = np.array([where[name].stop - 1 for name in finished])
@@ -257,6 +220,76 @@ class Runner:
         else:
             logits = hidden.new_empty(0, self.decoder.config.vocab_size, dtype=torch.float32)
         return StepResult(tuple(finished), logits, prompt_hidden)
+
+    def _drop_unseen(self, sequence: str, prompt: PromptRows) -> None:
+        """Slots that no row to come sees leave; what they had is for the next rows, and free at the end."""
+        seen = prompt.is_seen(self.table.order(sequence, 0, 0))
+        if not seen.all():
+            start = int(seen.argmin())
+            kept = start + np.flatnonzero(seen[start:])
+            moves = self.table.compact(sequence, start, kept)
+            self.store.copy(*(to_device(slots, self.device) for slots in moves))
+        if prompt.is_over:
+            self.table.trim(sequence, prompt.headroom)
+
+    # groups of layers
+
+    def _leave_group(self, chunk: Chunk, prompt: PromptRows, groups: LayerGroups, hidden: Tensor) -> None:
+        """What comes out of a group of layers is the input of the next one."""
+        rows = slice(chunk.start, chunk.stop)
+        groups.visual_slots += int(prompt.is_visual[rows].sum()) * len(groups.layers)
+        if not groups.is_last:
+            prompt.embeddings[rows] = hidden
+        elif prompt.is_over:
+            self.table.unite(chunk.sequence)
+
+    @torch.inference_mode()
+    def advance(self, sequence: str) -> None:
+        """Where all rows of a prompt have passed a group of layers, choose who goes on to the next one.
+
+        The pages that the layers from there on do not need any more become free.
+        """
+        prompt = self.prompts[sequence]
+        while prompt.is_due:
+            assert prompt.groups is not None, "only who has groups is due"
+            self._reduce(sequence, prompt, prompt.groups)
+
+    def _reduce(self, sequence: str, prompt: PromptRows, groups: LayerGroups) -> None:
+        if groups.stage == 0:
+            groups.entered = int(prompt.is_reducible.sum())
+        first = first_visual(prompt.is_visual)
+        if groups.entered:
+            view = self._view(sequence, prompt, groups, first)
+            rows, hidden, _ = groups.reduce(view)
+            prompt.embeddings[first : first + len(rows)] = hidden
+            kept = np.concatenate([np.arange(first), first + rows.cpu().numpy()])
+            prompt.order, prompt.position = prompt.order[kept], prompt.position[kept]
+            prompt.is_visual, prompt.is_reducible = prompt.is_visual[kept], prompt.is_reducible[kept]
+        groups.stage += 1
+        prompt.done = prompt.cached
+        above = range(groups.layers.start, self.table.layers)
+        self.table.trim(sequence, len(prompt) - prompt.cached + prompt.headroom, above)
+
+    def _view(self, sequence: str, prompt: PromptRows, groups: LayerGroups, first: int) -> InnerView:
+        queries = keys = None
+        below = groups.layers.stop - 1
+        if groups.layers:
+            queries = torch.cat(prompt.observed[below])
+            keys, _ = self.store.read(self.table.slots(sequence, below))
+        is_visual, is_reducible = (
+            to_device(rows[first:], self.device) for rows in (prompt.is_visual, prompt.is_reducible)
+        )
+        return InnerView(
+            stage=groups.stage,
+            stages=len(groups.bounds) - 2,
+            memory=groups.memory,
+            entered=groups.entered,
+            hidden=prompt.embeddings[first : len(prompt)],
+            is_visual=is_visual,
+            is_reducible=is_reducible,
+            queries=queries,
+            keys=keys,
+        )
 
     # the end of a prompt
 
@@ -277,18 +310,19 @@ class Runner:
         one_head = -(-len(prompt) // self.table.page_size)
         if identity is not None and self.available_pages < one_head:
             self.prefix.forget(identity)
-        first = prompt.first_observed
-        visual, order = (to_device(rows, self.device) for rows in (prompt.is_visual, prompt.order))
+        query_order = to_device(prompt.order[prompt.first_observed :], self.device)
+        text = prompt.order[~prompt.is_visual]  # whatever an inner method has dropped, it was visual
         for layer in range(self.table.layers):
             keys, values = self.store.read(self.table.slots(sequence, layer))
+            order = self.table.order(sequence, layer, 0)
             view = LayerView(
                 layer=layer,
-                queries=torch.cat([chunk[layer] for chunk in prompt.observed]),
-                query_order=order[first:],
+                queries=torch.cat(prompt.observed[layer]),
+                query_order=query_order,
                 keys=keys,
                 values=values,
-                visual=visual,
-                order=order,
+                visual=to_device(np.isin(order, text, invert=True), self.device),
+                order=to_device(order, self.device),
                 budget=budget,
             )
             for head, kept in enumerate(policy.select(view)):
@@ -312,3 +346,18 @@ class Runner:
         """Bytes of K and V in the slots a sequence holds, over all layers and heads."""
         slots = int(self.table.lengths(sequence).sum())
         return slots * self.store.page_bytes // self.table.page_size
+
+    def kv_bytes_of(self, rows: int) -> int:
+        """The same of so many rows that are in all layers and heads."""
+        slots = rows * self.table.layers * self.table.kv_heads
+        return slots * self.store.page_bytes // self.table.page_size
+
+
+def _observed(chunk: Chunk, prompt: PromptRows, start: int) -> dict[str, range]:
+    """Which rows of the packed batch are observed, for a chunk that begins at `start` of it."""
+    if not prompt.is_observed or not prompt.is_whole:
+        return {}
+    first = max(prompt.first_observed, chunk.start)
+    if first >= chunk.stop:
+        return {}
+    return {chunk.sequence: range(start + first - chunk.start, start + chunk.stop - chunk.start)}

@@ -6,8 +6,10 @@ alike: that is their `Identity`.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict, deque
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from heapq import heapify, heappop, heapreplace
 from itertools import islice
 
 import numpy as np
@@ -16,6 +18,8 @@ from numpy.typing import NDArray
 from mmserve.kv.identity import Identity, orders_of, positions_of
 from mmserve.kv.pool import Pages
 from mmserve.kv.table import PageTable
+
+_Tenant = bytes
 
 
 @dataclass(slots=True, eq=False)
@@ -29,11 +33,21 @@ class _Block:
     row: int  # in the cache's array of pages
     children: int = 0
 
+    @property
+    def tenant(self) -> _Tenant:
+        return _tenant_of(self.root)
+
+
+def _tenant_of(root: tuple[bytes, bytes]) -> _Tenant:
+    """Whose the salt is: its part before the first slash, as in `request.tenant_of`."""
+    return root[0].partition(b"/")[0]
+
 
 class PrefixCache:
     """A tree of blocks of one page per head; a hash finds a block, comparing its content makes it a hit.
 
-    Least recently used blocks go first. Whoever touches a block touches its ancestors after it, so a
+    Least recently used blocks go first, of the tenant that holds most: who floods the cache evicts nobody
+    who holds less. Whoever touches a block touches its ancestors after it, so a
     child always stands before its parent in `_blocks`, and the first block is a leaf.
     """
 
@@ -43,6 +57,7 @@ class PrefixCache:
         self._block_pages = table.layers * table.kv_heads
         self._max_blocks = max_pages // self._block_pages
         self._blocks: OrderedDict[bytes, _Block] = OrderedDict()  # oldest first
+        self._shares: Counter[_Tenant] = Counter()  # blocks by tenant
         self._rows: list[_Block] = []  # the block of each row of `_pages`
         self._pages: Pages = np.zeros((self._max_blocks, table.layers, table.kv_heads), np.int32)
         self._is_held = np.zeros(table.num_pages, np.bool_)
@@ -109,7 +124,7 @@ class PrefixCache:
         blocks = self._walk(identity, slots)
         self._touch(blocks)
         known, wanted = len(blocks), slots // size
-        wanted = known + self._make_room(wanted - known, keep=known)
+        wanted = known + self._make_room(wanted - known, blocks, _tenant_of(identity.root))
         if wanted == known:
             return
         chain = identity.chain(size)
@@ -125,6 +140,7 @@ class PrefixCache:
                 parent.children += 1
             self._rows.append(block)
             self._blocks[block.key] = block
+            self._shares[block.tenant] += 1
             blocks.append(block)
         pages = self._table.share(sequence, known, len(blocks) - known)
         self._pages[len(self._rows) - pages.shape[2] : len(self._rows)] = np.moveaxis(pages, 2, 0)
@@ -138,7 +154,8 @@ class PrefixCache:
         """
         counts = self._table.is_unshared(self.pages).sum(axis=(1, 2)).tolist()
         total, freed, victims = sum(counts), 0, []
-        for block in self._blocks.values():
+        in_turn = list(self._in_turn())
+        for block in in_turn:
             if freed >= min(pages, total):
                 break
             if block.children == 0 and counts[block.row]:
@@ -146,7 +163,7 @@ class PrefixCache:
                 self._leave_parent(block)
                 victims.append(block)
         gone = {block.key for block in victims}
-        for block in self._blocks.values():
+        for block in in_turn:
             if freed >= min(pages, total):
                 break
             if block.key not in gone:
@@ -173,6 +190,7 @@ class PrefixCache:
         self._table.drop(self.pages)
         self._is_held[:] = False
         self._blocks.clear()
+        self._shares.clear()
         self._rows.clear()
 
     # inside
@@ -193,14 +211,40 @@ class PrefixCache:
         for block in reversed(blocks):
             self._blocks.move_to_end(block.key)
 
-    def _make_room(self, wanted: int, keep: int) -> int:
-        """Evict the oldest blocks, but not the last `keep`; how many of `wanted` new ones then fit."""
-        lacking = min(wanted + len(self._rows) - self._max_blocks, len(self._rows) - keep)
-        victims = list(islice(self._blocks.values(), max(lacking, 0)))
+    def _make_room(self, wanted: int, keep: Collection[_Block], tenant: _Tenant) -> int:
+        """Evict the oldest blocks, but not these; how many of `wanted` new ones of a tenant then fit."""
+        lacking = min(wanted + len(self._rows) - self._max_blocks, len(self._rows) - len(keep))
+        victims: list[_Block] = []
+        if lacking > 0:
+            kept = {block.key for block in keep}
+            free = (block for block in self._in_turn(tenant, wanted) if block.key not in kept)
+            victims = list(islice(free, lacking))
         for block in victims:
             self._leave_parent(block)
         self._remove(victims)
         return min(wanted, self._max_blocks - len(self._rows))
+
+    def _in_turn(self, growing: _Tenant = b"", by: int = 0) -> Iterator[_Block]:
+        """All blocks as they should go, children before parents. One tenant is about to hold more."""
+        if len(self._shares) == 1:
+            yield from self._blocks.values()
+            return
+        queues: dict[_Tenant, deque[_Block]] = {}
+        for block in self._blocks.values():
+            queues.setdefault(block.tenant, deque()).append(block)
+        # most blocks first, then a number so that nothing else is compared
+        loads = [
+            (-len(queue) - by * (tenant == growing), number, queue)
+            for number, (tenant, queue) in enumerate(queues.items())
+        ]
+        heapify(loads)
+        while loads:
+            load, number, queue = loads[0]
+            yield queue.popleft()
+            if queue:
+                heapreplace(loads, (load + 1, number, queue))
+            else:
+                heappop(loads)
 
     def _leave_parent(self, block: _Block) -> None:
         if block.parent is not None:
@@ -213,6 +257,9 @@ class PrefixCache:
         self._is_held[pages] = False
         for block in blocks:
             del self._blocks[block.key]
+            self._shares[block.tenant] -= 1
+            if not self._shares[block.tenant]:
+                del self._shares[block.tenant]
             # the last row fills the gap
             last = self._rows.pop()
             if last is not block:

@@ -17,6 +17,7 @@ from mmserve.kv.pool import Pages
 
 IntArray = NDArray[np.int32]
 SlotArray = NDArray[np.int64]
+ALL = slice(None)  # layers
 _versions = count()
 
 
@@ -82,9 +83,11 @@ class SequenceState:
 
     # changing
 
-    def missing(self, slots: int) -> IntArray:
-        """Pages that each head lacks for `slots` more slots."""
-        lacking: IntArray = np.maximum(-(-(self.lengths + slots) // self.page_size) - self.owned, 0)
+    def missing(self, slots: int, layers: slice = ALL) -> IntArray:
+        """Pages that each head lacks for `slots` more slots in these layers."""
+        wanted = self.lengths.copy()
+        wanted[layers] += np.int32(slots)
+        lacking: IntArray = np.maximum(-(-wanted // self.page_size) - self.owned, 0)
         return lacking
 
     def grow(self, missing: IntArray, pages: Pages) -> None:
@@ -100,14 +103,31 @@ class SequenceState:
 
     def settle(self) -> None:
         """Bring what is derived up to date after `pages`, `owned` or `lengths` have changed."""
-        self.longest = int(self.lengths.max())
-        self.room = int((self.owned * self.page_size - self.lengths).min())
+        self._measure()
         self.version = next(_versions)
         self._layout = None
 
-    def append(self, order: IntArray, position: IntArray) -> None:
-        """New slots at the end of every head, within the pages it has."""
-        count, start = len(order), self.longest
+    def _measure(self) -> None:
+        self.longest = int(self.lengths.max())
+        self.room = int((self.owned * self.page_size - self.lengths).min())
+
+    def trim(self, slots: int, layers: slice) -> Pages:
+        """Pages that these layers do not need for `slots` more slots; they are the sequence's no longer."""
+        needed = self.owned.copy()
+        needed[layers] = -(-(self.lengths[layers] + slots) // self.page_size)
+        beyond = (np.arange(self.pages.shape[2]) >= needed[..., None]) & (self.pages >= 0)
+        gone = self.pages[beyond]
+        self.pages[beyond] = -1
+        self.owned = np.minimum(self.owned, needed).astype(np.int32)
+        self.settle()
+        return gone
+
+    def append(self, order: IntArray, position: IntArray, layers: slice = ALL) -> None:
+        """New slots at the end of every head of these layers, within the pages it has."""
+        if layers != ALL:
+            self.spread()
+        count = len(order)
+        start = self.longest if layers == ALL else int(self.lengths[layers].max())
         if start + count > self.order.shape[2]:
             self.order = _widened(self.order, start + count, 0)
             self.position = _widened(self.position, start + count, 0)
@@ -115,12 +135,25 @@ class SequenceState:
             self.order[0, 0, start : start + count] = order
             self.position[0, 0, start : start + count] = position
         else:
-            rows = _rows(self.order, self.lengths[..., None] + np.arange(count))
-            self.order.reshape(-1)[rows] = order
-            self.position.reshape(-1, self.position.shape[3])[rows] = position
-        self.lengths += np.int32(count)
-        self.longest += count
-        self.room -= count
+            orders, positions = self.order[layers], self.position[layers]
+            rows = _rows(orders, self.lengths[layers][..., None] + np.arange(count))
+            orders.reshape(-1)[rows] = order
+            positions.reshape(-1, positions.shape[3])[rows] = position
+        self.lengths[layers] += np.int32(count)
+        if layers == ALL:
+            self.longest += count
+            self.room -= count
+        else:
+            self._measure()
+
+    def compact(self, start: int, kept: SlotArray) -> None:
+        """Of the slots from `start` on only these are left, in every head; the pages stay."""
+        assert self.is_alike, "heads have lost different slots"
+        stop = start + len(kept)
+        for values in (self.order, self.position):
+            values[:, :, start:stop] = values[:, :, kept]
+        self.lengths[:] = stop
+        self._measure()
 
     def replace(self, layer: int, head: int, pages: Pages, slots: SlotArray) -> None:
         """One head now has these pages, and of its slots these; the other heads keep what they have."""
@@ -148,10 +181,11 @@ class SequenceState:
 
     # reading
 
-    def tail(self, count: int) -> SlotArray:
-        """Flat slots of the last `count` slots of every head, [layers, heads, count]."""
+    def tail(self, count: int, layers: slice = ALL) -> SlotArray:
+        """Flat slots of the last `count` slots of every head of these layers, [layers, heads, count]."""
         if not self.is_alike:
-            return self.flat(self.lengths[..., None] - count + np.arange(count))
+            return self.flat(self.lengths[layers][..., None] - count + np.arange(count), layers)
+        assert layers == ALL, "all heads are alike, so no layer has other slots"
         first, skipped = divmod(self.longest - count, self.page_size)
         if count == 1:
             # one type throughout: with two, numpy allocates buffers that take longer than the rest
@@ -163,12 +197,13 @@ class SequenceState:
         slots = (pages[..., None] + np.arange(self.page_size)).reshape(*pages.shape[:2], -1)
         return slots[:, :, skipped : skipped + count]
 
-    def flat(self, index: SlotArray) -> SlotArray:
+    def flat(self, index: SlotArray, layers: slice = ALL) -> SlotArray:
         """Flat slots of slot indices [layers, heads, n]."""
-        if self.pages.shape[2] == 0:
+        pages = self.pages[layers]
+        if pages.shape[2] == 0:
             return np.zeros(index.shape, np.int64)
         page, offset = np.divmod(index, self.page_size)
-        return self.pages.reshape(-1)[_rows(self.pages, page)] * np.int64(self.page_size) + offset
+        return pages.reshape(-1)[_rows(pages, page)] * np.int64(self.page_size) + offset
 
     def runs(self) -> Runs:
         if self._layout is None:
@@ -205,7 +240,7 @@ class SequenceState:
 def _rows(array: IntArray, index: SlotArray) -> SlotArray:
     """Where column `index` [layers, heads, n] of `array` lies once its first three axes are one."""
     layers, heads, width = array.shape[:3]
-    rows: SlotArray = np.arange(0, layers * heads * width, width).reshape(layers, heads, 1) + index
+    rows: SlotArray = (np.arange(layers * heads) * width).reshape(layers, heads, 1) + index
     return rows
 
 

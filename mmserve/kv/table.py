@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from mmserve.errors import MMServeError
 from mmserve.kv.pool import PagePool, Pages
+from mmserve.kv.sequence import ALL, Runs, SequenceState
 from mmserve.kv.sequence import IntArray as IntArray
-from mmserve.kv.sequence import Runs, SequenceState
 from mmserve.kv.sequence import SlotArray as SlotArray
 
 NO_ORDER = np.iinfo(np.int32).max  # pads `orders`: later than every query
@@ -102,21 +102,36 @@ class PageTable:
             return self.pages_for(slots)
         return 0 if slots <= state.room else int(state.missing(slots).sum())
 
-    def reserve(self, sequence: str, slots: int) -> None:
+    def reserve(self, sequence: str, slots: int, layers: range | None = None) -> None:
         """Own pages for `slots` more slots per head, contiguous where possible; creates the sequence."""
         state = self._sequences.get(sequence) or self._new()
         if slots > state.room:
-            self._grow(state, state.missing(slots))
+            missing = state.missing(slots, self._part(layers))
+            if missing.any():
+                self._grow(state, missing)
         self._sequences[sequence] = state
 
-    def append(self, sequence: str, order: IntArray, position: IntArray) -> SlotArray:
-        """New slots at the end of every head: flat slots [layers, kv_heads, n]. Creates the sequence."""
+    def trim(self, sequence: str, slots: int, layers: range | None = None) -> None:
+        """Give back what these layers, or all, own beyond `slots` more slots per head."""
+        self._pool.release(self._sequences[sequence].trim(slots, self._part(layers)))
+
+    def append(
+        self, sequence: str, order: IntArray, position: IntArray, layers: range | None = None
+    ) -> SlotArray:
+        """New slots at the end of every head: flat slots [layers, kv_heads, n]. Creates the sequence.
+
+        With `layers` only theirs: heads of other layers are behind, or have other slots.
+        """
         assert order.ndim == 1, "order is one value per slot"
-        position = self._with_axes(position, len(order))
-        self.reserve(sequence, len(order))
+        position, part = self._with_axes(position, len(order)), self._part(layers)
+        self.reserve(sequence, len(order), layers)
         state = self._sequences[sequence]
-        state.append(order, position)
-        return state.tail(len(order))
+        state.append(order, position, part)
+        return state.tail(len(order), part)
+
+    def unite(self, sequence: str) -> None:
+        """Forget that layers were appended to apart, if all heads turn out alike."""
+        self._sequences[sequence].unite()
 
     def restore(self, sequence: str, lengths: IntArray, order: IntArray, position: IntArray) -> SlotArray:
         """A new sequence with these `lengths` [layers, kv_heads]; returns its flat slots [sum of lengths].
@@ -163,11 +178,11 @@ class PageTable:
             flat[np.arange(longest) >= lengths[:, None]] = -1
         return flat
 
-    def tail(self, sequence: str, count: int) -> SlotArray:
+    def tail(self, sequence: str, count: int, layers: range | None = None) -> SlotArray:
         """Flat slots of the last `count` slots of every head, int64 [layers, kv_heads, count]."""
-        state = self._sequences[sequence]
-        assert int(state.lengths.min()) >= count, "a head has fewer slots"
-        return state.tail(count)
+        state, part = self._sequences[sequence], self._part(layers)
+        assert int(state.lengths[part].min()) >= count, "a head has fewer slots"
+        return state.tail(count, part)
 
     def runs(self, sequence: str) -> Runs:
         """Where the slots of every head lie: one run if all was reserved at once and nothing was dropped."""
@@ -218,6 +233,26 @@ class PageTable:
         self._pool.release(gone)
         state.replace(layer, head, pages, slots)
         return Moves(self._address(old, slots), self._address(pages, np.arange(len(slots))))
+
+    def compact(self, sequence: str, start: int, kept: SlotArray) -> Moves:
+        """Of the slots from `start` on keep only these (ascending indices) in every head, all heads alike.
+
+        Survivors move to the front of where they lie, which nobody else may share; all pages stay.
+        """
+        state = self._sequences[sequence]
+        assert (np.diff(kept) > 0).all(), "kept slots ascend"
+        inside = len(kept) == 0 or (kept[0] >= start and kept[-1] < state.longest)
+        assert inside, "a kept slot does not exist"
+        target = np.arange(start, start + len(kept))
+        moved = kept != target
+        heads = (self.layers, self.kv_heads, int(moved.sum()))
+        source, destination = (
+            state.flat(np.broadcast_to(index[moved], heads)).reshape(-1) for index in (kept, target)
+        )
+        shared = np.unique(destination // self.page_size).astype(np.int32)
+        assert self._pool.is_unshared(shared).all(), "a page that is written is shared"
+        state.compact(start, kept)
+        return Moves(source, destination)
 
     def rerotate(self, sequence: str, layer: int, head: int | None, delta: int | IntArray) -> Turns:
         """Move the slots of a head (None: of every head of the layer) to fresh pages and other positions.
@@ -271,9 +306,10 @@ class PageTable:
 
     def share(self, sequence: str, first_page: int, count: int) -> Pages:
         """Full pages of a sequence whose heads are alike; the caller owns them too, until `drop`."""
-        state = self._sequences[sequence]
-        assert state.is_alike, "heads have lost different slots"
-        assert (first_page + count) * self.page_size <= state.longest, "a shared page is full"
+        state, slots = self._sequences[sequence], (first_page + count) * self.page_size
+        assert slots <= int(state.lengths.min()), "a shared page is full"
+        orders = state.order[..., :slots]
+        assert (orders == orders[:1, :1]).all(), "heads have lost different slots"
         pages = state.pages[:, :, first_page : first_page + count].copy()
         self._pool.share(pages.reshape(-1))
         return pages
@@ -311,6 +347,11 @@ class PageTable:
             assert self._pool.is_unshared(private).all(), "a page that may be written is shared"
 
     # inside
+
+    def _part(self, layers: range | None) -> slice:
+        if layers is None or len(layers) == self.layers:
+            return ALL
+        return slice(layers.start, layers.stop)
 
     def _new(self) -> SequenceState:
         return SequenceState.empty(self.layers, self.kv_heads, self.page_size, self.axes)

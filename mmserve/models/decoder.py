@@ -119,14 +119,19 @@ class TextDecoder(nn.Module):
         """Embeddings [N, D] of token ids [N]."""
         return functional.embedding(ids, self.embed_tokens.weight)
 
-    def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Hidden states [N, D] after the final norm, for embeddings [N, D] at RoPE positions [N]."""
+    def forward(self, x: Tensor, positions: Tensor, attend: Attend, layers: range | None = None) -> Tensor:
+        """Hidden states [N, D] after the final norm, for embeddings [N, D] at RoPE positions [N].
+
+        With `layers` only these run: `x` is the input of their first, and without the last layer of all
+        nothing is normed.
+        """
         config = self.config
         frequencies = rope_frequencies_on(x.device, config.head_dim, config.rope_theta)
         cos, sin = rope_angles(positions, frequencies, x.dtype)
-        for index, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, index, attend)
-        hidden: Tensor = self.norm(x)
+        layers = range(config.layers) if layers is None else layers
+        for index in layers:
+            x = self.layers[index](x, cos, sin, index, attend)
+        hidden: Tensor = self.norm(x) if layers.stop == config.layers else x
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -30,12 +30,16 @@ class AttendProducts(Protocol):
         ...
 
 
-def fused_forward(decoder: TextDecoder, x: Tensor, positions: Tensor, attend: AttendProducts) -> Tensor:
+def fused_forward(
+    decoder: TextDecoder, x: Tensor, positions: Tensor, attend: AttendProducts, layers: range | None = None
+) -> Tensor:
     """As `TextDecoder.forward`."""
     config, eps = decoder.config, decoder.config.rms_norm_eps
     frequencies = rope_frequencies_on(x.device, config.head_dim, config.rope_theta)
     added: Tensor | None = None  # to the residual stream x, by the norm that comes next
-    for index, layer in enumerate(decoder.layers):
+    layers = range(config.layers) if layers is None else layers
+    for index in layers:
+        layer = decoder.layers[index]
         assert isinstance(layer, Layer)
         block, mlp = layer.self_attn, layer.mlp
         normed, x = rms_norm(x, layer.input_layernorm.weight, eps=eps, residual=added)
@@ -45,6 +49,8 @@ def fused_forward(decoder: TextDecoder, x: Tensor, positions: Tensor, attend: At
         added = block.o_proj(out.reshape(len(x), -1))
         normed, x = rms_norm(x, layer.post_attention_layernorm.weight, eps=eps, residual=added)
         added = mlp.down_proj(mlp.up_proj.times(normed, mlp.gate_proj.silu(normed)))
+    if layers.stop < config.layers:
+        return x if added is None else x + added
     hidden, _ = rms_norm(x, decoder.norm.weight, eps=eps, residual=added)
     return hidden
 

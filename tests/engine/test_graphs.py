@@ -16,13 +16,15 @@ from mmserve.attention.cuda import CudaAttention
 from mmserve.engine import graphs as graphs_module
 from mmserve.engine import runner as runner_module
 from mmserve.engine.graphs import DecodeGraphs, Size, Step
-from mmserve.engine.runner import DecodeRow, PromptRows, Runner
+from mmserve.engine.rows import DecodeRow, PromptRows
+from mmserve.engine.runner import Runner
 from mmserve.engine.scheduler import Chunk, Plan
 from mmserve.kernels.dispatch import VARIABLE
 from mmserve.kernels.prefill_attention import AttentionIndex, Partial
 from mmserve.kv.store import PageStore
 from mmserve.kv.table import PageTable
 from mmserve.models.fused import Rotation
+from mmserve.pruning.carriers import seen_until
 from tests.workers.fakes import tiny_decoder
 
 PAGES, PAGE_SIZE, WIDTH = 400, 4, 8
@@ -258,3 +260,21 @@ def test_nothing_in_a_step_waits_for_the_device(on_meta: Side) -> None:
         on_meta.decode({"a": 2}, [Chunk("b", 0, 9)])
     assert decode == 1, "a replayed step copies its inputs at once"
     assert prefill < 16
+
+
+def test_frames_that_nobody_will_see_leave_without_waiting(on_meta: Side) -> None:
+    runner, places = on_meta.runner, np.arange(9, dtype=np.int32)
+    prompt = PromptRows(
+        embeddings=runner.embed(places.tolist()),
+        order=places,
+        position=places,
+        is_visual=(places > 0) & (places < 7),
+        until=seen_until(torch.tensor([-1, 0, 0, 0, 1, 1, 1, -1, -1])).numpy().astype(np.int32),
+    )
+    on_meta.prefill("first", 9)  # what is made once may wait
+    with NothingWaits():  # type: ignore[no-untyped-call]  # torch has no types here
+        runner.add("v", prompt)
+        runner.run(Plan(decodes=(), chunks=(Chunk("v", 0, 5),)), {})
+        assert runner.table.order("v", 0, 0).tolist() == [0, 3, 4]
+        runner.run(Plan(decodes=(), chunks=(Chunk("v", 5, 9),)), {})
+    assert runner.table.order("v", 1, 1).tolist() == [0, 3, 6, 7, 8]

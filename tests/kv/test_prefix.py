@@ -235,3 +235,24 @@ def test_orders_and_positions_come_back(axes: int) -> None:
     rows = identity_rows(held=np.array([2**31 - 1, 0]), order=order, position=position)
     assert orders_of(rows).tolist() == order.tolist()
     assert positions_of(rows, axes).tolist() == position.tolist()
+
+
+@pytest.mark.parametrize("floods", [[b"a"], [b"a/%d" % number for number in range(40)]])
+def test_a_flood_evicts_only_its_own_tenant(floods: list[bytes]) -> None:
+    """R18, for prefixes: neither many prompts nor many salts of one tenant push out another's."""
+    table, cache = new(pages=200, max_pages=10 * BLOCK)
+    kept = [text(*range(100 * n, 100 * n + 8), salt=b"b/x") for n in range(2)]
+    for number, prompt in enumerate(kept):
+        cached(cache, table, prompt, f"kept{number}")
+    for number in range(40):
+        flood = text(*range(number, number + 8), salt=floods[number % len(floods)])
+        cached(cache, table, flood, f"flood{number}")
+        table.check([cache.pages])
+    assert [cache.match(prompt, 8) for prompt in kept] == [8, 8]
+    assert cache.held_pages <= 10 * BLOCK
+    # nor does room that a sequence needs come from who holds less
+    cache.evict(2 * BLOCK)
+    assert [cache.match(prompt, 8) for prompt in kept] == [8, 8]
+    table.check([cache.pages])
+    cache.evict(10 * BLOCK)
+    assert cache.held_pages == 0

@@ -192,9 +192,52 @@ def test_only_full_pages_of_like_heads_are_shared() -> None:
     table.append("a", span(0, 10), span(0, 10))
     with pytest.raises(AssertionError, match="full"):
         table.share("a", 1, 2)
-    table.keep("a", 0, 0, np.arange(9))
+    table.keep("a", 0, 0, np.delete(np.arange(10), 5))
     with pytest.raises(AssertionError, match="different slots"):
-        table.share("a", 0, 1)
+        table.share("a", 0, 2)
+    pages = table.share("a", 0, 1)  # what comes after is not looked at
+    table.check([pages])
+
+
+def test_layers_can_be_appended_to_apart_and_turn_out_alike() -> None:
+    table = PageTable(3, 2, 60, 4)
+    table.reserve("a", 12)
+    table.append("a", span(0, 3), span(0, 3))
+    assert table.append("a", span(3, 10), span(3, 10), range(1)).shape == (1, 2, 7)
+    assert table.lengths("a").tolist() == [[10, 10], [3, 3], [3, 3]]
+    tail = table.append("a", ints(4, 9), ints(4, 9), range(1, 3))
+    assert tail.tolist() == [[row[3:5].tolist() for row in table.slots("a", layer)] for layer in (1, 2)]
+    assert table.tail("a", 7, range(1)).tolist() == [table.slots("a", 0)[:, 3:].tolist()]
+    assert table.order("a", 0, 1).tolist() == list(range(10))
+    assert table.order("a", 2, 0).tolist() == [0, 1, 2, 4, 9]
+    assert table.orders("a", 1).tolist() == [[0, 1, 2, 4, 9]] * 2
+    table.unite("a")
+    before = table.used_pages
+    table.trim("a", 2, range(1, 3))
+    assert table.used_pages == before - 4, "7 of 12 slots take 2 pages of 3"
+    table.check()
+    assert table.missing_pages("a", 2) == 0
+    assert table.missing_pages("a", 4) == 2 * 3
+    table.append("a", ints(20), ints(15))
+    assert table.lengths("a").tolist() == [[11, 11], [6, 6], [6, 6]]
+    assert [table.order("a", layer, 0)[-1] for layer in range(3)] == [20] * 3
+    table.check()
+    table.release("a")
+    assert table.used_pages == 0
+
+
+def test_layers_that_were_appended_alike_are_alike_again() -> None:
+    table = PageTable(2, 1, 60, 4)
+    for layers in (range(1), range(1, 2)):
+        table.append("a", span(0, 5), span(0, 5), layers)
+        table.append("a", span(5, 9), span(5, 9), layers)
+    with pytest.raises(AssertionError, match="full"):
+        table.share("a", 0, 3)
+    table.unite("a")
+    assert table.orders("a", 1).tolist() == [list(range(9))]
+    table.append("a", ints(9), ints(9))
+    assert table.tail("a", 2).tolist() == [table.slots("a", layer)[:, 8:].tolist() for layer in range(2)]
+    table.check()
 
 
 def test_rerotate_moves_to_fresh_pages_and_notes_the_positions() -> None:

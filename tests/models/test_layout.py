@@ -13,7 +13,7 @@ from transformers.models.llava_onevision.modeling_llava_onevision import image_s
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 
 from mmserve.errors import BadRequest, ConfigError, WireError
-from mmserve.models.layout import Walk, expand, positions
+from mmserve.models.layout import Walk, expand
 from mmserve.models.layout.llava_onevision import DEFAULT_PINPOINTS, Geometry
 
 IMAGE, VIDEO = 90, 91
@@ -48,11 +48,6 @@ def test_a_walk_numbers_the_uncompressed_prompt_part_by_part() -> None:
     assert [row.token_ids.tolist() for row in rows] == [[1], [VIDEO] * 2, [VIDEO], [2], [], [3]]
     assert [row.is_visual for row in rows] == [False, True, True, False, True, False]
     assert (walk.length, walk.is_over) == (9, True)
-
-
-def test_what_remains_gets_contiguous_positions() -> None:
-    assert positions(4, 3).tolist() == [4, 5, 6]
-    assert positions(4, 3).dtype == np.int32
 
 
 @pytest.mark.parametrize("kept", [[3, 0], [0, 0], [0, 4], [-1, 2]])
@@ -94,6 +89,16 @@ def test_video_counts_pool_the_grid_and_end_with_a_newline() -> None:
 def test_one_of_several_images_is_its_base_crop_only() -> None:
     assert REAL.image_crops(900, 700, images=2) == 1
     assert REAL.image_tokens(900, 700, images=2) == 730
+    assert REAL.image_grids(900, 700, images=2) == ((27, 27),)
+
+
+def test_tiles_are_one_grid_without_what_pads_them() -> None:
+    # 3 x 2 tiles of 27 x 27 patches; the picture is wider than they are
+    assert REAL.resolution(1000, 720) == (1152, 768)
+    whole, (rows, columns) = REAL.image_grids(1000, 720)
+    assert whole == (27, 27)
+    assert (rows, columns) == (75, 54)
+    assert REAL.image_tokens(1000, 720) == 27 * 27 + rows * (columns + 1)
 
 
 def test_geometry_takes_transformers_defaults() -> None:

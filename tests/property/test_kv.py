@@ -75,15 +75,43 @@ class KVMachine(RuleBasedStateMachine):
         assert fits
         self.next += count
 
-    def extend(self, name: str, order: IntArray, position: IntArray, held: NDArray[np.int64]) -> None:
+    @rule(name=NAMES, count=st.integers(0, 9), layer=st.integers(0, LAYERS - 1))
+    def append_to_a_layer(self, name: str, count: int, layer: int) -> None:
+        if self.table.can_append(name, count):
+            order, held = span(self.next, self.next + count), np.arange(count) + self.next
+            self.extend(name, order, span(0, count), held, range(layer, layer + 1))
+            self.next += count
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data(), slots=st.integers(0, 9), layer=st.integers(0, LAYERS - 1), unite=st.booleans())
+    def trim(self, data: st.DataObject, slots: int, layer: int, unite: bool) -> None:
+        name = data.draw(st.sampled_from(sorted(self.model)))
+        if unite:
+            self.table.unite(name)
+        self.table.trim(name, slots, range(layer, LAYERS))
+        taken = self.table.pages(name)[layer:] >= 0
+        most = -(-(self.table.lengths(name)[layer:] + slots) // PAGE_SIZE)
+        assert (taken.sum(2) <= most).all()
+
+    def extend(
+        self,
+        name: str,
+        order: IntArray,
+        position: IntArray,
+        held: NDArray[np.int64],
+        layers: range | None = None,
+    ) -> None:
         """Append and write; a head's slot holds what the position in the model says and the head."""
-        slots = self.table.append(name, order, position)
-        assert np.array_equal(slots, self.table.tail(name, len(order)))
+        slots = self.table.append(name, order, position, layers)
+        assert np.array_equal(slots, self.table.tail(name, len(order), layers))
         content = self.model.setdefault(name, {key: [] for key in KEYS})
         for number, (layer, head) in enumerate(KEYS):
+            if layers is not None and layer not in layers:
+                continue
             own = held * len(KEYS) + number
-            self.is_private(slots[layer, head])
-            self.store.write(slots[layer, head], keys(own, position), values(own))
+            new = slots[layer - (layers.start if layers else 0), head]
+            self.is_private(new)
+            self.store.write(new, keys(own, position), values(own))
             content[layer, head] += zip(order.tolist(), position.tolist(), own.tolist(), strict=True)
 
     @rule(name=NAMES, count=st.integers(0, 9))

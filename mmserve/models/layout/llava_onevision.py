@@ -1,4 +1,4 @@
-"""Prompt layout of LLaVA-OneVision: token counts of videos and images, contiguous 1-D positions.
+"""Prompt layout of LLaVA-OneVision: token counts of videos and images; RoPE positions are orders.
 
 The arithmetic follows transformers' processor, so that expanded prompts are equal. Pure Python and
 numpy.
@@ -12,21 +12,10 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-import numpy as np
-
 from mmserve.errors import ConfigError
-from mmserve.models.layout.base import IntArray
 
 SIDES = range(384, 2305, 384)
 DEFAULT_PINPOINTS = tuple(product(SIDES, SIDES))
-
-
-def positions(first: int, rows: int) -> IntArray:
-    """RoPE positions of a run of rows behind `first` others.
-
-    The shortened prompt is numbered anew, as the method papers do here.
-    """
-    return np.arange(first, first + rows, dtype=np.int32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +51,13 @@ class Geometry:
     @property
     def frame_tokens(self) -> int:
         """Tokens of one pooled video frame."""
-        return math.ceil(self.grid / 2) ** 2
+        rows, columns = self.frame_grid
+        return rows * columns
+
+    @property
+    def frame_grid(self) -> tuple[int, int]:
+        """Rows and columns of one pooled video frame."""
+        return math.ceil(self.grid / 2), math.ceil(self.grid / 2)
 
     def video_tokens(self, frames: int) -> int:
         """Tokens of a video, the newline at its end included."""
@@ -90,8 +85,15 @@ class Geometry:
 
     def image_tokens(self, height: int, width: int, images: int = 1) -> int:
         """Tokens of an image that is one of `images` in its prompt, newlines included."""
+        grids = self.image_grids(height, width, images)
+        newlines = grids[1][0] if len(grids) > 1 else 1
+        return sum(rows * columns for rows, columns in grids) + newlines
+
+    def image_grids(self, height: int, width: int, images: int = 1) -> tuple[tuple[int, int], ...]:
+        """Rows and columns, newlines not counted, of the whole image, and of its tiles put together."""
+        whole = self.grid, self.grid
         if images > 1:
-            return self.grid**2 + 1
+            return (whole,)
         target_height, target_width = self.resolution(height, width)
         rows = self.grid * (target_height // self.image_side)
         columns = self.grid * (target_width // self.image_side)
@@ -102,4 +104,4 @@ class Geometry:
         shrink = math.sqrt(rows * columns / (self.max_crops * self.grid**2))
         if shrink > 1.1:
             rows, columns = int(rows // shrink), int(columns // shrink)
-        return self.grid**2 + rows * (columns + 1)
+        return whole, (rows, columns)

@@ -33,7 +33,12 @@ class Submits(Protocol):
     """The part of `LLM` that is used here."""
 
     def submit(
-        self, messages: Sequence[Json], sampling_params: SamplingParams, *, deliver: Deliver
+        self,
+        messages: Sequence[Json],
+        sampling_params: SamplingParams,
+        *,
+        deliver: Deliver,
+        report_tokens: bool = False,
     ) -> Cancels: ...
 
 
@@ -48,10 +53,22 @@ def messages(sources: Sequence[str], question: str) -> list[Json]:
     return [{"role": "user", "content": parts}]
 
 
-def ask(llm: Submits, conversation: Sequence[Json], *, max_tokens: int, as_json: bool) -> None:
+def ask(
+    llm: Submits,
+    conversation: Sequence[Json],
+    *,
+    max_tokens: int,
+    as_json: bool,
+    report_tokens: bool = False,
+) -> RequestOutput:
     """Print the answer as it comes and a line about it, or the whole document; raises the request's error."""
     news: queue.SimpleQueue[Chunk | RequestOutput | MMServeError] = queue.SimpleQueue()
-    generation = llm.submit(conversation, SamplingParams(max_tokens=max_tokens), deliver=news.put)
+    generation = llm.submit(
+        conversation,
+        SamplingParams(max_tokens=max_tokens),
+        deliver=news.put,
+        report_tokens=report_tokens,
+    )
     try:
         while isinstance(latest := news.get(), Chunk):
             if not as_json:
@@ -66,6 +83,7 @@ def ask(llm: Submits, conversation: Sequence[Json], *, max_tokens: int, as_json:
     else:
         typer.echo()
         typer.echo(summary(latest), err=True)
+    return latest
 
 
 def document(done: RequestOutput) -> Json:

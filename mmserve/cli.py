@@ -28,6 +28,7 @@ from mmserve.options import (
     Attention,
     Fps,
     Keep,
+    KeepImage,
     KVBudget,
     KVDtype,
     MaxTokens,
@@ -35,7 +36,10 @@ from mmserve.options import (
     Model,
     NumFrames,
     Prune,
+    PruneOptions,
+    PruneTextImages,
     methods_of,
+    read_options,
     usage,
 )
 from mmserve.server.command import read_epd, serve
@@ -74,7 +78,10 @@ def ask(
     ],
     model: Model = "tiny",
     prune: Prune = "none",
-    keep: Keep = 1.0,
+    keep: Keep = None,
+    keep_image: KeepImage = None,
+    prune_options: PruneOptions = None,
+    prune_text_images: PruneTextImages = False,
     attention: Attention = "dense",
     kv: KV = "none",
     kv_budget: KVBudget = None,
@@ -83,6 +90,10 @@ def ask(
     fps: Fps = None,
     media_io_kwargs: MediaIo = None,
     max_tokens: MaxTokens = 64,
+    show_tokens: Annotated[
+        Path | None,
+        typer.Option(help="Draw what --prune kept, merged and dropped on the frames.", metavar="OUT.png"),
+    ] = None,
     epd: Annotated[
         str | None,
         typer.Option(help="Encode, prefill and decode processes; all in this one by default."),
@@ -95,13 +106,33 @@ def ask(
     from mmserve import ask as asking
 
     methods = methods_of(
-        prune=prune, keep=keep, attention=attention, kv=kv, kv_budget=kv_budget, kv_dtype=kv_dtype
+        prune=prune,
+        keep=keep,
+        keep_image=keep_image,
+        prune_options=prune_options,
+        prune_text_images=prune_text_images,
+        attention=attention,
+        kv=kv,
+        kv_budget=kv_budget,
+        kv_dtype=kv_dtype,
     )
     options = _options(num_frames, fps, media_io_kwargs)
     workers = read_epd(epd)
     conversation = asking.messages(inputs[:-1], inputs[-1])
+    if show_tokens is not None:
+        from mmserve import show
+
+        usage(lambda: show.check_target(show_tokens))
     with _llm(model, methods, options, workers) as llm:
-        asking.ask(llm, conversation, max_tokens=max_tokens, as_json=as_json)
+        done = asking.ask(
+            llm,
+            conversation,
+            max_tokens=max_tokens,
+            as_json=as_json,
+            report_tokens=show_tokens is not None,
+        )
+    if show_tokens is not None:
+        show.show_tokens(conversation, options, done.media, show_tokens)
 
 
 @app.command()
@@ -114,7 +145,10 @@ def batch(
     ] = None,
     model: Model = "tiny",
     prune: Prune = "none",
-    keep: Keep = 1.0,
+    keep: Keep = None,
+    keep_image: KeepImage = None,
+    prune_options: PruneOptions = None,
+    prune_text_images: PruneTextImages = False,
     attention: Attention = "dense",
     kv: KV = "none",
     kv_budget: KVBudget = None,
@@ -146,7 +180,15 @@ def batch(
     from mmserve.batch.runner import parse_shard
 
     methods = methods_of(
-        prune=prune, keep=keep, attention=attention, kv=kv, kv_budget=kv_budget, kv_dtype=kv_dtype
+        prune=prune,
+        keep=keep,
+        keep_image=keep_image,
+        prune_options=prune_options,
+        prune_text_images=prune_text_images,
+        attention=attention,
+        kv=kv,
+        kv_budget=kv_budget,
+        kv_dtype=kv_dtype,
     )
     options = _options(num_frames, fps, media_io_kwargs)
     workers = read_epd(epd)
@@ -188,8 +230,15 @@ def evaluate(
     prune: Prune = "none",
     keep: Annotated[
         str | None,
-        typer.Option(help="Shares --prune keeps; by default 0.25.", metavar="R", rich_help_panel=METHODS),
+        typer.Option(
+            help="What --prune keeps; by default 0.25, inside the model what each paper keeps.",
+            metavar="N_OR_RATIO",
+            rich_help_panel=METHODS,
+        ),
     ] = None,
+    keep_image: KeepImage = None,
+    prune_options: PruneOptions = None,
+    prune_text_images: PruneTextImages = False,
     attention: Attention = "dense",
     kv: KV = "none",
     kv_budget: Annotated[
@@ -220,7 +269,15 @@ def evaluate(
         suites=usage(lambda: run.suite_names(suite)),
         sweep=usage(
             lambda: run.sweep(
-                prune=prune, keep=keep, attention=attention, kv=kv, kv_budget=kv_budget, kv_dtype=kv_dtype
+                prune=prune,
+                keep=keep,
+                keep_image=keep_image,
+                prune_options=read_options(prune_options),
+                prune_text_images=prune_text_images,
+                attention=attention,
+                kv=kv,
+                kv_budget=kv_budget,
+                kv_dtype=kv_dtype,
             )
         ),
         limit=limit,
@@ -266,11 +323,12 @@ def check_config(
     """Check a configuration file and print it with every default and limit."""
     import yaml
 
+    from mmserve.catalogue import check_methods
     from mmserve.config import load_config, to_mapping
-    from mmserve.methods import choose_methods
+    from mmserve.methods import deployed_methods
 
     resolved = load_config(config)
-    choose_methods(resolved.methods)
+    check_methods(deployed_methods(resolved))
     mapping = to_mapping(resolved, hide_keys=True)
     typer.echo(yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True).rstrip())
 

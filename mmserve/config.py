@@ -6,6 +6,7 @@ Knows the shape and range of each setting; not which methods are registered, nor
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -14,7 +15,8 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 
 import yaml
 
-from mmserve.errors import ConfigError
+from mmserve.budget import Budget, checked_keep
+from mmserve.errors import BadRequest, ConfigError
 
 MiB = 1 << 20
 GiB = 1 << 30
@@ -22,6 +24,8 @@ GiB = 1 << 30
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 KVDtype = Literal["auto", "bf16", "fp8", "int8", "int4"]
 EmbeddingStorage = Literal["auto", "int8", "fp8"]
+Plane = Literal["memory", "tcp"]
+WireDtype = Literal["auto", "bf16", "fp8", "int8"]
 VideoBackend = Literal["pyav", "decord", "torchcodec"]
 
 _T = TypeVar("_T")
@@ -51,7 +55,11 @@ class MethodDefaults:
     """What a request gets when it does not say; the same fields as `request.Methods`."""
 
     prune: str = "none"
-    keep: float = 1.0  # share of visual tokens that survives
+    # up to 1 a share of the visual tokens, above 1 tokens of each item, or "16/frame"; None: 0.25
+    keep: Budget | None = None
+    keep_image: Budget | None = None  # the same for images; None: as for videos
+    prune_options: dict[str, Any] = field(default_factory=dict)  # settings of the method; `mmserve methods`
+    prune_text_images: bool = False  # also pictures of text, which are left alone otherwise
     attention: str = "dense"
     kv: str = "none"
     kv_budget: float | None = None  # at most 1: share of visual slots; above 1: slots per head
@@ -59,9 +67,22 @@ class MethodDefaults:
 
     def __post_init__(self) -> None:
         _settle(self, "methods")
-        _require(0 < self.keep <= 1, "methods.keep", "above 0, at most 1", self.keep)
         budget = self.kv_budget
         _require(budget is None or budget > 0, "methods.kv_budget", "more than 0", budget)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneUnderLoad:
+    """How far `methods.keep` falls, where a request leaves it open, as `limits.max_queued` of them wait."""
+
+    floor: float | None = None  # smallest share; None: it stays as it is
+    floors: dict[int, float] = field(default_factory=dict)  # by the priority of a request, where that differs
+
+    def __post_init__(self) -> None:
+        _settle(self, "prune_under_load")
+        for name, floor in (("floor", self.floor), *self.floors.items()):
+            is_share = floor is None or 0 < floor <= 1
+            _require(is_share, f"prune_under_load.{name}", "above 0, at most 1", floor)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +194,28 @@ class CacheSizes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Transfer:
+    """How embeddings and KV get from the worker that made them to the one that needs them."""
+
+    # files of shared memory on one host; or frames over tcp, encrypted and for known keys only
+    plane: Plane = "memory"
+    address: str = "127.0.0.1"  # where processes listen on the tcp plane; never the public host
+    wire_dtype: WireDtype = "auto"  # of embeddings: the model's own, or fewer bits with a scale per token
+    lease_ttl_s: float = 86_400.0  # how long they wait for their reader; then they are made again
+
+    def __post_init__(self) -> None:
+        _settle(self, "transfer")
+        expected = "one numeric address of this machine"
+        try:
+            address = ipaddress.ip_address(self.address)
+            is_one = not (address.is_unspecified or address.is_multicast)
+        except ValueError:
+            is_one = False
+        _require(is_one, "transfer.address", expected, self.address)
+        _require(self.lease_ttl_s > 0, "transfer.lease_ttl_s", "more than 0", self.lease_ttl_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
     """One deployment. `ServeConfig()` serves the embedded model on loopback, one process per stage."""
 
@@ -186,11 +229,14 @@ class ServeConfig:
     # prompt rows and decodes of one step of the language model; None: 512 on a CPU, 8192 on a GPU
     max_num_batched_tokens: int | None = None
     video_backend: VideoBackend = "pyav"  # what decodes videos
+    overlap: bool = True  # of a video, encode and prefill begin before all of it is decoded
     deadline_s: float = 300.0  # a request that is not done by then fails
     methods: MethodDefaults = field(default_factory=MethodDefaults)
+    prune_under_load: PruneUnderLoad = field(default_factory=PruneUnderLoad)
     media: MediaPolicy = field(default_factory=MediaPolicy)
     limits: Limits = field(default_factory=Limits)
     cache: CacheSizes = field(default_factory=CacheSizes)
+    transfer: Transfer = field(default_factory=Transfer)
 
     def __post_init__(self) -> None:
         _settle(self, "")
@@ -257,14 +303,26 @@ def _value(hint: Any, given: object, path: str) -> object:  # noqa: ANN401  # a 
         return given if isinstance(given, cast("type", hint)) else _section(cast("type", hint), given, path)
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        (inner,) = (arg for arg in args if arg is not type(None))
-        return None if given is None else _value(inner, given, path)
+        inner = tuple(arg for arg in args if arg is not type(None))
+        if given is None:
+            return None
+        return _value(inner[0], given, path) if len(inner) == 1 else _budget(given, path)
     if origin is Literal:
         if given not in args:
             raise _mismatch(path, f"one of {', '.join(args)}", given)
         return given
     if origin is tuple:
         return _tuple(args, given, path)
+    if origin is dict:
+        if not isinstance(given, Mapping):
+            raise _mismatch(path, "a mapping of settings", given)
+        kind, inner = args
+        # JSON's names are text
+        names = [int(name) if kind is int and str(name).isdecimal() else name for name in given]
+        checked = (_value(inner, item, path) for item in given.values())
+        return dict(zip((_value(kind, name, f"a name in {path}") for name in names), checked, strict=True))
+    if hint is Any:
+        return given
     if hint is Path and isinstance(given, str):
         return Path(given)
     if hint is float and isinstance(given, int) and not isinstance(given, bool):
@@ -273,6 +331,13 @@ def _value(hint: Any, given: object, path: str) -> object:  # noqa: ANN401  # a 
     if not isinstance(given, hint) or (hint is int and isinstance(given, bool)):
         raise _mismatch(path, _NAMES[hint], given)
     return given
+
+
+def _budget(given: object, path: str) -> Budget:
+    try:
+        return checked_keep(given, path)
+    except BadRequest as error:
+        raise ConfigError(error.public_message) from error
 
 
 def _tuple(args: tuple[Any, ...], given: object, path: str) -> tuple[object, ...]:

@@ -108,6 +108,7 @@ def _part(part: object, where: str, media: list[MediaPart], rules: _Rules) -> di
     known = ("image_url", "video_url", "video", *(("image",) if rules.on_this_host else ()))
     if not isinstance(kind, str) or kind not in known:
         raise BadRequest(f"Expected {where}.type as one of text, {', '.join(known)}, but got {_shown(kind)}")
+    _check_keys(part, {"type", kind, "fps", "uuid"}, where)
     uuid = checked_uuid(part.get("uuid"), f"{where}.uuid")
     read = _url if kind in ("image_url", "video_url") else _content
     item = MediaPart(
@@ -123,7 +124,11 @@ def _part(part: object, where: str, media: list[MediaPart], rules: _Rules) -> di
 
 def _url(part: Mapping[str, Any], kind: str, where: str, rules: _Rules, *, is_optional: bool) -> str | None:
     value = part.get(kind)
-    url = value.get("url") if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping):
+        # OpenAI's level of detail: every image is seen in full here
+        _check_keys(value, {"url", "detail"}, f"{where}.{kind}")
+        value = value.get("url")
+    url = value
     if url is None and is_optional:
         return None
     if not isinstance(url, str) or not url:
@@ -179,6 +184,14 @@ def checked_uuid(uuid: object, where: str) -> str | None:
         raise BadRequest(f"Expected {where} as text of 1 to {MAX_UUID_CHARS} characters")
     _check_text(uuid, where)
     return uuid
+
+
+def _check_keys(given: Mapping[str, Any], known: set[str], where: str) -> None:
+    """What would be ignored is refused, since whoever wrote it meant something by it."""
+    for key in given:
+        if key not in known:
+            hint = " (how media are sampled is said in media_io_kwargs)" if where.endswith("]") else ""
+            raise BadRequest(f"Expected {where} with {', '.join(sorted(known))}, but got {_shown(key)}{hint}")
 
 
 def _check_text(text: str, where: str) -> None:

@@ -21,6 +21,7 @@ from mmserve.sampling import Logprob, SamplingParams
 from mmserve.workers.dispatcher import Update
 from mmserve.workers.pipeline import Pipeline
 from mmserve.workers.records import Record, State
+from mmserve.workers.survivors import media_reports
 
 Deliver = Callable[[Chunk | RequestOutput | MMServeError], None]
 
@@ -109,7 +110,7 @@ class Generation:
             prompt_token_ids=self._expanded(record, prompt),
             usage=msgspec.structs.replace(usage, completion_tokens=completion_tokens),
             timings_ms=_together([record.timings() for record in records]),
-            media=tuple(item.report for item in record.items if item.report),
+            media=media_reports(record, (self._chat.image_token, self._chat.video_token)),
             methods=prompt.methods,
             prompt_logprobs=_spelled_prompt(record.prompt_logprobs, self._chat),
         )

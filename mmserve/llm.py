@@ -12,6 +12,7 @@ import weakref
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -101,10 +102,15 @@ class _Offline:
         methods: Methods | None = None,
         options: MediaOptions | None = None,
         priority: int = 0,
+        report_tokens: bool = False,
     ) -> Generation:
-        """Start one conversation; `deliver` gets chunks, then one output or error, on another thread."""
+        """Start one conversation; `deliver` gets chunks, then one output or error, on another thread.
+
+        With `report_tokens` the output says of every item which of its tokens survive.
+        """
         read = partial(read_messages, messages, options=options or self.options)
-        return self._runtime.submit(self._request(read, sampling_params, methods, priority), deliver)
+        request = self._request(read, sampling_params, methods, priority)
+        return self._runtime.submit(replace(request, report_tokens=report_tokens), deliver)
 
     def worker_pids(self) -> dict[str, int]:
         """Process ids of the workers by name, for monitoring."""

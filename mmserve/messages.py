@@ -10,6 +10,9 @@ from enum import StrEnum
 
 import msgspec
 
+from mmserve.lease import EncodedFrames as EncodedFrames
+from mmserve.lease import EncodedPart as EncodedPart
+from mmserve.lease import Lease as Lease
 from mmserve.request import FinishReason, MediaRef, MediaReport, Methods
 from mmserve.sampling import Logprob, SamplingParams
 
@@ -31,25 +34,6 @@ class Role(StrEnum):
     ENCODE = "encode"
     PREFILL = "prefill"
     DECODE = "decode"
-
-
-class ArrayHeader(_Data, frozen=True):
-    """Where one array lies inside a lease's file and how to read it."""
-
-    name: str
-    dtype: str  # a name from wire.DTYPES; "bfloat16" is stored as uint16 bits
-    shape: tuple[int, ...]
-    offset: int  # bytes from the start of the file
-
-
-class Lease(_Data, frozen=True):
-    """Read access to named arrays in one memory-mapped file, until released or expired."""
-
-    lease_id: str  # 128 random bits in hex
-    path: str
-    total_bytes: int
-    arrays: tuple[ArrayHeader, ...]
-    checksum: int  # crc32 of the array headers, repeated at the start of the file
 
 
 class Credits(_Data, frozen=True):
@@ -78,18 +62,8 @@ class EncodeMedia(Command, frozen=True, tag="encode_media"):
     media: MediaRef
     methods: Methods
     salt: str
+    report_tokens: bool = False
     is_only_image: bool = True  # several images of one prompt are not cut into tiles
-
-
-class EncodedFrames(_Data, frozen=True):
-    """Frames of a video before reduction: arrays "embeddings" [n, N, D] and "saliency" fp32 [n, N].
-
-    `lost` did not decode; without a lease none did.
-    """
-
-    positions: tuple[int, ...]
-    lost: tuple[int, ...]
-    lease: Lease | None
 
 
 class EncodeFrames(Command, frozen=True, tag="encode_frames"):
@@ -120,25 +94,18 @@ class TakeFrames(Command, frozen=True, tag="take_frames"):
     frames: EncodedFrames
 
 
-class EncodedPart(_Data, frozen=True):
-    """A run of one item's tokens, encoded and reduced: what of its `tokens` placeholder tokens is `kept`.
-
-    The lease's arrays, row by row: "embeddings" [kept, D]; "source" int32 [kept], the row's index among the
-    part's tokens; "key" uint8 [kept, 16] and "index" int32 [kept], which together say what a row is: equal
-    ones, equal rows, whatever the item was cut into.
-    """
-
-    lease: Lease
-    tokens: int
-    kept: int
-
-
 class PromptItem(_Data, frozen=True):
-    """One item as far as it is encoded. `keep_bound` is the most rows it can end up with."""
+    """One item as far as it is encoded. `keep_bound` is the most rows it can end up with.
+
+    Where a method drops KV during prefill, at most `lasting_bound` of them stay, with those of one frame,
+    `frame_rows` at most, for as long as it is run.
+    """
 
     parts: tuple[EncodedPart, ...]
     is_whole: bool
     keep_bound: int
+    lasting_bound: int | None = None
+    frame_rows: int = 0
 
 
 class PrefillPrompt(Command, frozen=True, tag="prefill_prompt"):
@@ -159,6 +126,7 @@ class PrefillPrompt(Command, frozen=True, tag="prefill_prompt"):
     hand_off: bool = True
     salt: str = ""
     priority: int = 0
+    report_tokens: bool = False
 
 
 class ExtendPrompt(Command, frozen=True, tag="extend_prompt"):
@@ -225,12 +193,14 @@ class WorkerReady(Event, frozen=True, tag="worker_ready"):
 
 
 class MediaPlanned(Event, frozen=True, tag="media_planned"):
-    """An item was opened: at most how many of its tokens will be kept, and which frames are to be encoded."""
+    """An item was opened: bounds as in `PromptItem`, and which frames are to be encoded."""
 
     request_id: str
     attempt: int
     item: int
     keep_bound: int
+    lasting_bound: int | None = None
+    frame_rows: int = 0
     missing: tuple[int, ...] = ()  # positions in a video's plan that no cache has
 
 
@@ -288,6 +258,8 @@ class PromptPrefilled(Event, frozen=True, tag="prompt_prefilled"):
     """The prompt's KV exists; `first` is absent when the attempt was given forced tokens.
 
     `prompt_logprobs` has one entry per token of the uncompressed prompt, None where there is none.
+    `visual_layer_mean` is how many visual rows a layer had, mean over layers; `visual_lasting`, where a
+    method drops KV during prefill, how many of them were there at its end.
     """
 
     request_id: str
@@ -304,12 +276,25 @@ class PromptPrefilled(Event, frozen=True, tag="prompt_prefilled"):
     prefill_ms: float
     cached_slots: int = 0  # of these, rows whose KV was already there
     prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
+    visual_layer_mean: float = 0.0
+    visual_lasting: int | None = None
+    survivors: bytes | None = None  # where asked for: orders of the visual rows that last, int32
 
 
 class TokensDecoded(Event, frozen=True, tag="tokens_decoded"):
     """The new tokens of one decode step, one per running request."""
 
     tokens: tuple[Sampled, ...]
+
+
+class WorkCounted(Event, frozen=True, tag="work_counted"):
+    """What an encode worker has done since it started, and what it holds or has waiting now, by name.
+
+    What concerns one tier of the embedding cache is named like "hits/disk".
+    """
+
+    totals: dict[str, int]
+    now: dict[str, int]
 
 
 class RequestFailed(Event, frozen=True, tag="request_failed"):
@@ -326,6 +311,20 @@ class RequestPreempted(Event, frozen=True, tag="request_preempted"):
 
     request_id: str
     attempt: int
+
+
+class LeaseLost(Event, frozen=True, tag="lease_lost"):
+    """Embeddings or KV of this request cannot be read: make them again. The worker has forgotten it."""
+
+    request_id: str
+    attempt: int
+    lease_id: str
+
+
+class LeasesEvicted(Event, frozen=True, tag="leases_evicted"):
+    """Their owner does not have them any more, though nobody has released them."""
+
+    lease_ids: tuple[str, ...]
 
 
 class StepStarted(Event, frozen=True, tag="step_started"):
@@ -366,8 +365,11 @@ AnyEvent = (
     | FramesEncoded
     | PromptPrefilled
     | TokensDecoded
+    | WorkCounted
     | RequestFailed
     | RequestPreempted
+    | LeaseLost
+    | LeasesEvicted
     | StepStarted
     | Heartbeat
     | WorkerDied

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, TypeVar, Unpack
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Unpack
 
 import typer
 
 from mmserve.errors import BadRequest
 
 if TYPE_CHECKING:
-    from mmserve.methods import MethodOptions
+    from mmserve.methods import OtherOptions
     from mmserve.request import Methods
 
 T = TypeVar("T")
@@ -23,7 +24,35 @@ Prune = Annotated[
     str, typer.Option(help="Drops or merges visual tokens.", metavar="NAME", rich_help_panel=METHODS)
 ]
 Keep = Annotated[
-    float, typer.Option(help="Share of visual tokens --prune keeps.", metavar="R", rich_help_panel=METHODS)
+    str | None,
+    typer.Option(
+        help="What --prune keeps: up to 1 a share of the visual tokens, above 1 tokens of each item, "
+        "16/frame so many per frame; 0.25 by default.",
+        metavar="N_OR_RATIO",
+        rich_help_panel=METHODS,
+    ),
+]
+KeepImage = Annotated[
+    str | None,
+    typer.Option(
+        help="The same for images, where that differs.", metavar="N_OR_RATIO", rich_help_panel=METHODS
+    ),
+]
+PruneOptions = Annotated[
+    str | None,
+    typer.Option(
+        help='Other settings of --prune, by the names that `mmserve methods` lists: {"tau": 0.7}.',
+        metavar="JSON",
+        rich_help_panel=METHODS,
+    ),
+]
+PruneTextImages = Annotated[
+    bool,
+    typer.Option(
+        "--prune-text-images",
+        help="Reduce also images that look like pages of text.",
+        rich_help_panel=METHODS,
+    ),
 ]
 Attention = Annotated[
     str, typer.Option(help="How the prompt attends to itself.", metavar="NAME", rich_help_panel=METHODS)
@@ -76,9 +105,35 @@ def usage(check: Callable[[], T]) -> T:
         raise typer.BadParameter(error.public_message) from error
 
 
-def methods_of(**given: Unpack[MethodOptions]) -> Methods:
+def methods_of(
+    *,
+    keep: str | None = None,
+    keep_image: str | None = None,
+    prune_options: str | None = None,
+    **given: Unpack[OtherOptions],
+) -> Methods:
     """The methods that options name; a wrong name or number is wrong usage."""
+    from mmserve.budget import read_keep
     from mmserve.config import MethodDefaults
     from mmserve.methods import choose_methods
 
-    return usage(lambda: choose_methods(MethodDefaults(), **given))
+    return usage(
+        lambda: choose_methods(
+            MethodDefaults(),
+            keep=None if keep is None else read_keep(keep),
+            keep_image=None if keep_image is None else read_keep(keep_image, "keep_image"),
+            prune_options=read_options(prune_options),
+            **given,
+        )
+    )
+
+
+def read_options(text: str | None) -> dict[str, Any]:
+    """The value of --prune-options; raises BadRequest."""
+    try:
+        given = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        raise BadRequest("Expected --prune-options as JSON, but it does not parse") from error
+    if not isinstance(given, dict):
+        raise BadRequest('Expected --prune-options as an object such as {"tau": 0.7}, but got something else')
+    return given

@@ -10,9 +10,11 @@ from typing import Literal
 
 import msgspec
 
+from mmserve.budget import Budget
 from mmserve.sampling import Logprob, SamplingParams
 
 Modality = Literal["image", "video"]
+Option = bool | int | float | str | None
 
 SEGMENT_FRAMES = 8  # of a video that are decoded, encoded and published together
 
@@ -58,15 +60,35 @@ class Methods(_Data, frozen=True):
     """Which methods make the work smaller, by registry name, and how hard."""
 
     prune: str = "none"
-    keep: float = 1.0  # share of visual tokens that survives
+    keep: Budget = 1.0  # what survives of each item
+    keep_image: Budget | None = None  # of an image, where that differs
+    # settings of the method, by name; of the second of two as "name.setting"
+    prune_options: dict[str, Option] = {}
+    prune_text_images: bool = False  # also pictures of text, which are left alone otherwise
     attention: str = "dense"
     kv: str = "none"
     # at most 1: share of visual slots; above 1: slots per head; None: kv.base.DEFAULT_BUDGET
     kv_budget: float | None = None
     kv_dtype: str = "auto"
 
+    def __hash__(self) -> int:
+        return hash((self.prune, self.keep, self.keep_image, self.kv, self.kv_budget))  # a dict has none
 
-class MediaReport(_Data, frozen=True):
+
+class TokenReport(_Data, frozen=True):
+    """Which of an item's tokens survive to the last layer, numbered frame by frame.
+
+    `weight` is how many tokens each survivor stands for. `grids` are, of the pictures that the tokens of a
+    frame show, the first token, rows, columns, and how many tokens lie between the beginnings of two rows.
+    """
+
+    frame_tokens: int  # an image is one frame
+    grids: tuple[tuple[int, int, int, int], ...]
+    kept: bytes  # int32, little-endian, ascending
+    weight: bytes  # float32, little-endian
+
+
+class MediaReport(_Data, frozen=True, omit_defaults=True):
     """What was really sampled from one item."""
 
     source: str
@@ -75,6 +97,8 @@ class MediaReport(_Data, frozen=True):
     lost_frames: int
     width: int
     height: int
+    guarded: bool = False  # an image of text that was to be reduced, and was left alone
+    tokens: TokenReport | None = None  # where asked for, and not too much for a message
 
 
 class Usage(_Data, frozen=True):
@@ -84,7 +108,8 @@ class Usage(_Data, frozen=True):
     completion_tokens: int = 0
     cached_tokens: int = 0
     visual_tokens: int = 0
-    visual_tokens_kept: int = 0
+    visual_tokens_kept: int = 0  # that enter the language model, and whose KV no method drops in prefill
+    visual_tokens_layer_mean: float = 0.0  # that are in a layer of it, mean over layers
     visual_tokens_cached: int = 0
     kv_bytes: int = 0
     kv_bytes_uncompressed: int = 0
@@ -160,5 +185,14 @@ class Prompt(_Data, frozen=True):
     media: tuple[MediaRef, ...] = ()
     sampling: SamplingParams = SamplingParams()
     methods: Methods = Methods()
-    salt: str = ""  # separates the caches of tenants
+    salt: str = ""  # separates caches; `tenant_of` tells whose they are
     priority: int = 0  # lower comes earlier, as in vLLM
+    report_tokens: bool = False  # say of every item which of its tokens survive
+
+
+def tenant_of(salt: str) -> str:
+    """Who pays for what is cached under a salt: its part before the first slash.
+
+    A client may choose as many salts as it likes; all of them have the share of one tenant.
+    """
+    return salt.partition("/")[0]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
+from mmserve.budget import share_of
 from mmserve.errors import MMServeError
 from mmserve.generation import Deliver
 from mmserve.request import (
@@ -50,6 +51,7 @@ class FakeLLM:
         deliver: Deliver,
         methods: Methods | None = None,
         options: MediaOptions | None = None,
+        report_tokens: bool = False,
     ) -> FakeGeneration:
         content = messages[-1]["content"]
         text = content if isinstance(content, str) else content[-1]["text"]
@@ -78,7 +80,7 @@ class FakeLLM:
 
 def completion(text: str, methods: Methods | None = None) -> RequestOutput:
     methods = methods or Methods()
-    kept = int(100 * methods.keep)
+    kept = int(100 * share_of(methods.keep, 4, 25))
     return RequestOutput(
         request_id="r1",
         outputs=(CompletionOutput(text=text, token_ids=(5, 6, 7), finish_reason=FinishReason.STOP),),

@@ -41,7 +41,8 @@ def test_defaults_are_safe() -> None:
 
 
 def test_method_defaults_are_those_of_a_request() -> None:
-    assert dataclasses.asdict(config.MethodDefaults()) == msgspec.structs.asdict(Methods())
+    plain = dataclasses.asdict(config.MethodDefaults())
+    assert plain == {**msgspec.structs.asdict(Methods()), "keep": None}
 
 
 def test_a_partial_section_keeps_its_other_defaults() -> None:
@@ -68,6 +69,13 @@ def test_plain_yaml_values_become_the_annotated_types() -> None:
     assert merged.methods.kv_budget == 256.0
 
 
+def test_floors_by_priority_survive_json() -> None:
+    given = {"prune_under_load": {"floor": 0.1, "floors": {0: 0.2, 7: 0.05}}}
+    config_of = from_mapping(given)
+    assert config_of.prune_under_load.floors == {0: 0.2, 7: 0.05}
+    assert from_mapping(msgspec.json.decode(msgspec.json.encode(to_mapping(config_of)))) == config_of
+
+
 @pytest.mark.parametrize(
     ("mapping", "parts"),
     [
@@ -92,6 +100,17 @@ def test_plain_yaml_values_become_the_annotated_types() -> None:
         ({"threads": 0}, ("threads", "1 or more", "0")),
         ({"deadline_s": float("nan")}, ("deadline_s", "more than 0", "nan")),
         ({"methods": {"keep": 0}}, ("methods.keep", "above 0", "0")),
+        ({"methods": {"keep": 1.5}}, ("methods.keep", "a whole number above 1", "1.5")),
+        ({"methods": {"keep": True}}, ("methods.keep", "above 0", "True")),
+        ({"methods": {"keep_image": "8/frames"}}, ("methods.keep_image", "'8/frames'")),
+        ({"methods": {"prune_options": [1]}}, ("methods.prune_options", "a mapping", "list")),
+        ({"methods": {"prune_options": {1: 1}}}, ("a name in methods.prune_options", "text")),
+        ({"prune_under_load": {"floor": 0}}, ("prune_under_load.floor", "above 0")),
+        ({"prune_under_load": {"floors": {5: 2}}}, ("prune_under_load.5", "above 0")),
+        (
+            {"prune_under_load": {"floors": {"x": 0.1}}},
+            ("a name in prune_under_load.floors", "a whole number"),
+        ),
         ({"methods": {"kv_budget": -1}}, ("methods.kv_budget", "more than 0", "-1")),
         ({"limits": {"max_frames": 0}}, ("limits.max_frames", "more than 0", "0")),
         ({"limits": {"max_frames": 8}}, ("limits.default_frames", "limits.max_frames (8)", "32")),
@@ -201,3 +220,21 @@ def test_a_shipped_configuration_loads_and_says_why(path: Path) -> None:
 def test_config_needs_no_torch() -> None:
     code = "import sys, mmserve.config; sys.exit(bool({'torch', 'PIL', 'av', 'numpy'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "address", ["0.0.0.0", "::", "224.0.0.1", "*", "localhost", "eth0", "127.0.0.1:5", ""]
+)
+def test_processes_listen_on_one_numeric_address(address: str) -> None:
+    with pytest.raises(ConfigError, match=r"transfer\.address of one numeric address"):
+        from_mapping({"transfer": {"plane": "tcp", "address": address}})
+
+
+def test_transfer_stays_on_this_host_and_exact_by_default() -> None:
+    transfer = ServeConfig(host="0.0.0.0").transfer  # nothing is served
+    assert (transfer.plane, transfer.address, transfer.wire_dtype) == ("memory", "127.0.0.1", "auto")
+    given = from_mapping({"transfer": {"plane": "tcp", "wire_dtype": "int8", "lease_ttl_s": 60}}).transfer
+    assert (given.plane, given.wire_dtype, given.lease_ttl_s) == ("tcp", "int8", 60.0)
+    for wrong in ({"plane": "ipc"}, {"wire_dtype": "int4"}, {"lease_ttl_s": 0}):
+        with pytest.raises(ConfigError):
+            from_mapping({"transfer": wrong})

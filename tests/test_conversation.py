@@ -134,6 +134,11 @@ def test_nothing_but_checked_fields_reaches_the_template() -> None:
         (user({"type": "image_url", "uuid": ""}), "uuid as text of 1 to 512 characters"),
         (user({"type": "image_url", "uuid": "x" * 513}), "uuid as text of 1 to 512 characters"),
         (user({"type": "image_url", "uuid": "\ud83d"}), "uuid as Unicode text"),
+        (
+            user({"type": "image_url", "image_url": URL, "num_frames": 4}),
+            "fps, image_url, type, uuid, but got",
+        ),
+        (user({"type": "image_url", "image_url": {"url": URL, "fps": 2}}), "image_url with detail, url, but"),
         ([{"role": "user", "content": "half \ud83d"}], r"messages\[0\].content as Unicode text"),
         (user({"type": "text", "text": "\udc00"}), r"content\[0\].text as Unicode text"),
     ],
@@ -141,6 +146,14 @@ def test_nothing_but_checked_fields_reaches_the_template() -> None:
 def test_what_is_wrong_is_named_with_its_place(messages: object, words: str) -> None:
     with pytest.raises(BadRequest, match=words):
         parse(messages)
+
+
+@pytest.mark.parametrize("here", [False, True])
+def test_a_key_that_would_be_ignored_is_refused_by_every_way_in(here: bool) -> None:
+    with pytest.raises(BadRequest, match=r"but got 'num_frames' \(how media are sampled"):
+        parse(user({"type": "video", "video": [URL], "num_frames": 4}), on_this_host=here)
+    ignored = {"type": "image_url", "image_url": {"url": URL, "detail": "high"}}
+    assert parse(user(ignored), on_this_host=here).media[0].content == URL
 
 
 def test_local_media_need_something_to_read() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from mmserve.evaluation.clipworld import (
     DIRECTIONS,
     KINDS,
+    SIDE,
     Clip,
     Question,
     Scene,
@@ -34,8 +35,9 @@ from mmserve.evaluation.tiny_rows import Row, RowBuilder, TinyTokenizer
 Lesson = Literal["first", "clip", "image", "varied", "long", "stream"]
 LESSONS: dict[Lesson, int] = {"first": 10, "clip": 11, "image": 12, "varied": 13, "long": 14, "stream": 15}
 _FIRST_SHARES = [0.04, 0.04, 0.16, 0.18, 0.22, 0.18, 0.12, 0.06]  # of KINDS
-_CLIP_SHARES = [0.04, 0.04, 0.14, 0.18, 0.16, 0.16, 0.24, 0.04]
+_CLIP_SHARES = [0.03, 0.03, 0.12, 0.32, 0.14, 0.14, 0.18, 0.04]
 _LONG_SHARES = [0.06, 0.02, 0.04, 0.16, 0.44, 0.14, 0.14, 0.0]
+MIXED_KINDS = ("colour", "shape", "count", "direction")
 MOVED = 24.0  # pixels after which a direction can be asked about
 GAP = 3000  # positions that a video's frames may have leapt over
 
@@ -61,7 +63,7 @@ def _sample(rng: np.random.Generator, lesson: Lesson) -> Scene:
     if lesson == "stream":
         return stream_scene(rng)
     if lesson == "image":
-        return sample_scene(rng, str(rng.choice(["colour", "shape", "count"])), 1)
+        return sample_scene(rng, str(rng.choice(["colour", "shape", "count"], p=[0.2, 0.2, 0.6])), 1)
     if lesson == "first":
         # what flashes for longer is easier to find: the long flashes teach the short ones
         return sample_scene(rng, str(rng.choice(KINDS, p=_FIRST_SHARES)), 8, int(rng.choice([2, 2, 4, 8])))
@@ -226,7 +228,7 @@ def image_row(rng: np.random.Generator, tokenizer: TinyTokenizer, seen: Seen) ->
 
 
 def _about(rng: np.random.Generator, items: Sequence[Seen], number: int, most: int) -> list[Question]:
-    asked = [question for question in questions(rng, items[number].scene) if question.kind != "digit"]
+    asked = [question for question in questions(rng, items[number].scene) if question.kind in MIXED_KINDS]
     rng.shuffle(asked)
     asked.sort(key=lambda question: question.kind not in ("count", "direction"))
     return [
@@ -263,3 +265,57 @@ def frame_labels(scene: Scene) -> tuple[Tensor, Tensor]:
         temporal[frame, -2] = digit
         temporal[frame, -1] = min(sum(cut <= frame for cut in scene.cuts), 4)
     return local, temporal
+
+
+# what the newline after an item should know about all of it: colour, way and turn to flash of each shape,
+# digit, cuts, objects that rest or move
+SUMMARY = (
+    *[len(COLOURS) + 1] * len(SHAPES),
+    *[len(DIRECTIONS) + 1] * len(SHAPES),
+    *[3] * len(SHAPES),
+    11,
+    5,
+    7,
+)
+
+
+def summary_labels(scene: Scene) -> Tensor:
+    """Classes of SUMMARY, int64 [27]."""
+    colours, ways, turns = ([0] * len(SHAPES) for _ in range(3))
+    flashes = sorted((actor for actor in scene.actors if actor.flash), key=lambda actor: actor.start)
+    order = [actor.look for actor in flashes if actor.look in SHAPES]
+    digit = steady = 0
+    for actor in scene.actors:
+        if actor.look not in SHAPES:
+            digit = 1 + int(actor.look)
+            continue
+        slot = SHAPES.index(actor.look)
+        colours[slot] = 1 + list(COLOURS).index(actor.colour)
+        steady += not actor.flash
+        if actor.look in order:
+            turns[slot] = min(1 + order.index(actor.look), 2)
+        if actor.direction is not None:
+            moved = max(abs(actor.vx), abs(actor.vy)) * (scene.frames - 1)
+            ways[slot] = 1 + list(DIRECTIONS).index(actor.direction) if moved >= MOVED else -100
+    return torch.tensor([*colours, *ways, *turns, digit, min(len(scene.cuts), 4), min(steady, 6)])
+
+
+def under_tokens(scene: Scene, side: int) -> tuple[Tensor, Tensor]:
+    """Of each token of every frame, `side` tokens wide: the way of the object under it (0 rests), and
+    whether the object's centre is there; int64 [T * side * side], -100 where nothing is or it is too early.
+    """
+    cell = SIDE / side
+    reach = (np.arange(side) + 0.5) * cell
+    ways = np.full((scene.frames, side, side), -100)
+    centres = ways.copy()
+    for frame in range(scene.frames):
+        for actor, x, y in visible(scene, frame):
+            half = actor.size / 2
+            inside = (np.abs(y - reach) < half)[:, None] & (np.abs(x - reach) < half)[None, :]
+            moved = max(abs(actor.vx), abs(actor.vy)) * frame
+            way = 0 if actor.direction is None else 1 + list(DIRECTIONS).index(actor.direction)
+            ways[frame][inside] = way if way == 0 or moved >= MOVED / 2 else -100
+            centres[frame][inside] = 0
+            row, column = (min(max(int(at // cell), 0), side - 1) for at in (y, x))
+            centres[frame, row, column] = 1
+    return torch.from_numpy(ways.reshape(-1)), torch.from_numpy(centres.reshape(-1))

@@ -23,8 +23,8 @@ from transformers import (
     LlavaOnevisionImageProcessorPil,
 )
 
-from mmserve.evaluation.carriers import carrier_mask, remaining, with_carriers
 from mmserve.evaluation.suites import Example, Media, Verdict, frames_seen, seen
+from mmserve.pruning.carriers import carrier_mask, remaining, with_carriers
 
 Pixels = NDArray[np.uint8]
 # what of its media a question comes with; "carriers" leaves only those for decoding
@@ -84,24 +84,18 @@ class TransformersOracle:
         share: float,
         seed: int,
     ) -> OracleAnswer:
-        """With a random `share` of the visual tokens, the prompt numbered anew without the others."""
+        """With a random `share` of the visual tokens, where they stood in the whole prompt."""
         ids, inputs = self._inputs(messages, videos, images)
         embedded, visual = self._embedded(ids, inputs)
         places = visual.nonzero()[:, 0]
         drawn = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))
         kept = ~visual
         kept[places[drawn[: math.ceil(share * len(places))]]] = True
-        made = self.model.generate(
-            inputs_embeds=embedded[:, kept],
-            attention_mask=torch.ones(1, int(kept.sum()), dtype=torch.long),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_logits=True,
+        places = kept.nonzero()[:, 0][None]
+        made = self.model.model.language_model(
+            inputs_embeds=embedded[:, kept], position_ids=places, use_cache=True
         )
-        new = made.sequences[0].tolist()
-        scores = [float(step[0].log_softmax(-1)[token]) for step, token in zip(made.logits, new, strict=True)]
-        return self._answer(ids, new, scores)
+        return self._continued(ids, made, max_new_tokens)
 
     @torch.inference_mode()
     def answer_from_carriers(
@@ -110,7 +104,7 @@ class TransformersOracle:
         """Under VideoScan's semantic mask; only text, images and carriers stay for decoding."""
         ids, inputs = self._inputs(messages, videos, images)
         embedded, _ = self._embedded(ids, inputs)
-        config, language = self.model.config, self.model.model.language_model
+        language = self.model.model.language_model
         frame = self._frames(ids[0], [len(video) for video in videos])
         inside = frame >= 0
         if inside.any():
@@ -121,6 +115,11 @@ class TransformersOracle:
         for layer in made.past_key_values.layers:
             layer.keys = layer.keys[:, :, remaining(frame)]
             layer.values = layer.values[:, :, remaining(frame)]
+        return self._continued(ids, made, max_new_tokens)
+
+    def _continued(self, ids: torch.Tensor, made: Any, max_new_tokens: int) -> OracleAnswer:  # noqa: ANN401
+        """Greedy tokens behind a prompt that a forward pass was `made` of, perhaps not of all its tokens."""
+        config, language = self.model.config, self.model.model.language_model
         new: list[int] = []
         scores: list[float] = []
         while len(new) < max_new_tokens:

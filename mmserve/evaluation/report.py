@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from mmserve.budget import Budget
 from mmserve.evaluation.significance import clustered_stderr, paired_p_value
 from mmserve.request import Methods, Timings, Usage
 
@@ -129,7 +130,7 @@ def markdown(rows: Sequence[Json]) -> str:
             [
                 entry["suite"],
                 "none (dense)" if entry["dense"] else settings["prune"],
-                f"{settings['keep']:g}",
+                _kept(settings),
                 settings["kv"],
                 "-" if budget is None else f"{budget:g}",
                 str(entry["n"]),
@@ -146,6 +147,19 @@ def markdown(rows: Sequence[Json]) -> str:
             ]
         )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _kept(settings: Json) -> str:
+    """What was to be kept, of images too where that differs, and the other settings that were given."""
+    parts = [_budget(settings["keep"])]
+    if (of_image := settings.get("keep_image")) is not None:
+        parts.append(f"images {_budget(of_image)}")
+    parts += [f"{name} {value}" for name, value in settings.get("prune_options", {}).items()]
+    return ", ".join(parts)
+
+
+def _budget(keep: Budget) -> str:
+    return keep if isinstance(keep, str) else f"{keep:g}"
 
 
 def _against_dense(entry: Json) -> tuple[str, str]:
@@ -190,8 +204,10 @@ def commit() -> str | None:
 
 
 def _prompt_length(usage: Usage) -> int:
-    """Tokens that the language model's layers see."""
-    return usage.prompt_tokens - usage.visual_tokens + usage.visual_tokens_kept
+    """Tokens that the language model's layers see; their mean, where a method acts inside it."""
+    # without the mean, of a server that does not report it, all that enter are in every layer
+    visual = usage.visual_tokens_layer_mean or usage.visual_tokens_kept
+    return usage.prompt_tokens - usage.visual_tokens + round(visual)
 
 
 def _ttft(outcome: Outcome) -> float | None:

@@ -21,12 +21,13 @@ from mmserve.batch.answerers import Answer, LocalAnswerer, Submits
 from mmserve.batch.questions import Question, read_questions
 from mmserve.batch.runner import answer_all
 from mmserve.batch.score import is_correct
+from mmserve.budget import Budget, read_keep
 from mmserve.config import MethodDefaults
 from mmserve.errors import BadRequest
 from mmserve.evaluation import report
 from mmserve.evaluation.outputs import Outputs
 from mmserve.evaluation.suites import SUITES, write_suite
-from mmserve.methods import NAMES, Kind, choose_methods
+from mmserve.methods import INNER, NAMES, Kind, choose_methods, keeps_nothing_less
 from mmserve.models.resolve import resolve
 from mmserve.progress import progress_bar
 from mmserve.request import MediaOptions, Methods, Timings, Usage
@@ -35,7 +36,7 @@ from mmserve.sampling import SamplingParams
 Json = dict[str, Any]
 KEEPS = (0.5, 0.25, 0.1)  # of --keep all
 BUDGETS = (0.5, 0.25, 0.1)  # of --kv-budget all
-DEFAULT_SHARE = 0.25  # of a method that was named without saying how hard
+DEFAULT_BUDGETS = (0.25,)  # of a policy that was named without saying how hard
 ALL_FRAMES = 64  # no suite's clip is longer, so nothing that is asked about goes unseen
 MAX_TOKENS = 8
 
@@ -61,21 +62,40 @@ def suite_names(text: str) -> tuple[str, ...]:
 
 
 def sweep(
-    *, prune: str, keep: str | None, attention: str, kv: str, kv_budget: str | None, kv_dtype: str
+    *,
+    prune: str,
+    keep: str | None,
+    attention: str,
+    kv: str,
+    kv_budget: str | None,
+    kv_dtype: str,
+    keep_image: str | None = None,
+    prune_options: Json | None = None,
+    prune_text_images: bool = False,
 ) -> tuple[Methods, ...]:
     """Every combination of comma lists (or "all"), the dense setting first whether it was named or not."""
     prunes, policies = _listed("prune", prune), _listed("kv", kv)
-    if keep is not None and prunes == ("none",):
-        raise BadRequest("Expected a method of --prune for --keep, but got none")
+    if (keep or keep_image) and all(map(keeps_nothing_less, prunes)):
+        raise BadRequest(f"Expected a method of --prune whose keep can be set, but got {', '.join(prunes)}")
     if kv_budget is not None and policies == ("none",):
         raise BadRequest("Expected a method of --kv for --kv-budget, but got none")
-    keeps, budgets = _numbers("keep", keep, KEEPS), _numbers("kv_budget", kv_budget, BUDGETS)
+    keeps, budgets = _keeps("keep", keep), _numbers("kv_budget", kv_budget, BUDGETS)
     settings = [
         choose_methods(
-            MethodDefaults(), prune=p, keep=share, attention=a, kv=policy, kv_budget=budget, kv_dtype=dtype
+            MethodDefaults(),
+            prune=p,
+            keep=share,
+            keep_image=of_image,
+            prune_options={} if p == "none" else prune_options,
+            prune_text_images=prune_text_images,
+            attention=a,
+            kv=policy,
+            kv_budget=budget,
+            kv_dtype=dtype,
         )
         for p in prunes
-        for share in (keeps if p != "none" else (1.0,))
+        for share in ((None,) if keeps_nothing_less(p) else keeps)
+        for of_image in ((None,) if keeps_nothing_less(p) or p in INNER else _keeps("keep_image", keep_image))
         for a in _listed("attention", attention)
         for policy in policies
         for budget in (budgets if policy != "none" else (None,))
@@ -217,9 +237,16 @@ def _listed(kind: Kind, text: str) -> tuple[str, ...]:
     return NAMES[kind] if text == "all" else tuple(dict.fromkeys(text.split(",")))
 
 
+def _keeps(name: str, text: str | None) -> tuple[Budget | None, ...]:
+    """None is what a method keeps where nothing is said."""
+    if text is None:
+        return (None,)
+    return KEEPS if text == "all" else tuple(dict.fromkeys(read_keep(part, name) for part in text.split(",")))
+
+
 def _numbers(name: str, text: str | None, every: tuple[float, ...]) -> tuple[float, ...]:
     if text is None:
-        return (DEFAULT_SHARE,)
+        return DEFAULT_BUDGETS
     if text == "all":
         return every
     try:

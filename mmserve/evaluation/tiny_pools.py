@@ -22,12 +22,12 @@ from mmserve.evaluation.clipworld import Scene
 from mmserve.evaluation.curriculum import Lesson, make_scene
 from mmserve.evaluation.tiny_data import pixels
 
-Items = list[tuple[Scene, NDArray[np.uint8] | NDArray[np.int16]]]
+Items = list[tuple[Scene, NDArray[np.int16]]]
 FRAMES_AT_ONCE = 128  # through the tower
 
 
 class Item(NamedTuple):
-    """A scene with its pixels uint8 [T, H, W, 3], or its embeddings as `embed_clip` makes them."""
+    """A scene and its embeddings as `embed_clip` makes them, their bits as int16."""
 
     scene: Scene
     content: Tensor
@@ -59,14 +59,13 @@ def embed_clip(
 _tower: dict[str, LlavaOnevisionForConditionalGeneration] = {}  # of a worker process
 
 
-def _start_worker(config: LlavaOnevisionConfig | None, weights: dict[str, NDArray[np.float32]]) -> None:
+def _start_worker(config: LlavaOnevisionConfig, weights: dict[str, NDArray[np.float32]]) -> None:
     os.nice(10)  # training must not wait for its own data
     torch.set_num_threads(1)
-    if config is not None:
-        # built here: the hooks that collect hidden states do not survive the way into this process
-        model = LlavaOnevisionForConditionalGeneration(config)
-        model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
-        _tower["model"] = model
+    # built here: the hooks that collect hidden states do not survive the way into this process
+    model = LlavaOnevisionForConditionalGeneration(config)
+    model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
+    _tower["model"] = model
 
 
 def _weights(model: LlavaOnevisionForConditionalGeneration) -> dict[str, NDArray[np.float32]]:
@@ -77,9 +76,6 @@ def _make(seed: int, lesson: Lesson, start: int, stop: int) -> Items:
     made: Items = []
     for index in range(start, stop):
         scene, clip = make_scene(seed, lesson, index)
-        if "model" not in _tower:
-            made.append((scene, clip))
-            continue
         tokens = embed_clip(_tower["model"], clip, image=lesson == "image")
         made.append((scene, tokens.view(torch.int16).numpy()))
     return made
@@ -101,7 +97,7 @@ class Pools:
         self,
         seed: int,
         supplies: dict[Lesson, Supply],
-        model: LlavaOnevisionForConditionalGeneration | None,
+        model: LlavaOnevisionForConditionalGeneration,
         workers: int,
     ) -> None:
         self._seed = seed
@@ -111,7 +107,7 @@ class Pools:
             workers,
             mp_context=context,
             initializer=_start_worker,
-            initargs=(None, {}) if model is None else (model.config, _weights(model)),
+            initargs=(model.config, _weights(model)),
         )
         self._chunks: dict[Lesson, deque[list[Item]]] = {
             lesson: deque(maxlen=supply.window) for lesson, supply in supplies.items()

@@ -7,6 +7,7 @@ nothing about scenes or optimisation.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,12 +15,13 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from mmserve.evaluation.carriers import carrier_slots, with_carriers
 from mmserve.evaluation.clipworld import DIRECTIONS, Question
 from mmserve.evaluation.drawing import COLOURS, SHAPES
+from mmserve.pruning.carriers import carrier_slots, with_carriers
 
 SOUGHT = (*COLOURS, *SHAPES, *DIRECTIONS)
 NAMED_BY = {"colour": SHAPES, "direction": SHAPES, "shape": tuple(COLOURS)}  # by kind of question
+ABOUT_ITEM = re.compile(r"In item (\d+)")
 ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -30,7 +32,7 @@ class Row:
     tokens: Tensor  # int64 [S]
     positions: Tensor  # int64 [S]
     frame: Tensor  # int64 [C], the frame each token belongs to, -1 for text and images
-    item: Tensor  # int64 [C], the number of the media item each visual token belongs to, -1 elsewhere
+    item: Tensor  # int64 [C], the number of the media item each token belongs to, -1 for text
     branch: Tensor  # int64 [Q]
     sees: Tensor  # int64 [Q], how many tokens of the context are visible
     visual: Tensor  # [V, D] embeddings
@@ -42,6 +44,9 @@ class Row:
     kinds: list[tuple[str, int, int]]  # (kind, first, last + 1) in the asked
     named_at: Tensor  # int64 [M], the words in questions by which an object is named
     sought: Tensor  # int64 [M], the index in SOUGHT of what is asked about it
+    gated_at: Tensor  # int64 [G], the tokens of branches that ask about one item by its number
+    gated_item: Tensor  # int64 [G], that item's number
+    ended: list[tuple[int, int, int]]  # (newline's token, item, frames of it before) of what was shown
 
 
 class TinyTokenizer:
@@ -82,6 +87,8 @@ class RowBuilder:
     _asked: list[tuple[int, int, float]] = field(default_factory=list)
     _kinds: list[tuple[str, int, int]] = field(default_factory=list)
     _named: list[tuple[int, int]] = field(default_factory=list)
+    _gated: list[tuple[int, int]] = field(default_factory=list)
+    _ended: list[tuple[int, int, int]] = field(default_factory=list)
     _items: int = 0
     _frames: int = 0
     _branches: int = 0
@@ -102,9 +109,9 @@ class RowBuilder:
             leap = gap if index == gap_before else 0
             self._extend([self.tokenizer.media["video"]] * size, self._frames, leap, item=self._items)
             self._frames += 1
-        self._items += 1
         if newline:
-            self._newline("video")
+            self._newline("video", count)
+        self._items += 1
 
     def image(self, crop: Tensor, *, alone: bool) -> None:
         """Tokens [N, D] of one crop; an image alone in its prompt is followed by itself as a tile."""
@@ -113,9 +120,9 @@ class RowBuilder:
             side = round(len(crop) ** 0.5)
             for first in range(0, len(crop), side):
                 self._pixels(crop[first : first + side])
-                self._newline("image")
+                self._newline("image", 1)
         else:
-            self._newline("image")
+            self._newline("image", 1)
         self._items += 1
 
     def branch(self, turns: Sequence[Question], frames: int | None = None) -> None:
@@ -129,6 +136,7 @@ class RowBuilder:
             sees = self._frame.index(frames) if frames < self._frames else len(self._frame)
         start = len(self._tokens)
         if frames is not None:
+            self._ended.append((len(self._tokens), self._items - 1, frames))
             self._newline_at.append(len(self._tokens))
             self._tokens.append(self.tokenizer.media["video"])
         for number, question in enumerate(turns):
@@ -137,6 +145,8 @@ class RowBuilder:
             name = self.tokenizer.name_at(question, prompt)
             if name is not None:
                 self._named.append((len(self._tokens) + name, SOUGHT.index(question.answer)))
+            about = ABOUT_ITEM.match(question.text)
+            gate = len(self._tokens) + len(self.tokenizer.ids(f"\n{opening}{about[0]}")) if about else 0
             self._tokens += prompt
             answer = self.tokenizer.ids(f"{question.answer}<|im_end|>")
             weight = 1.0 / len(answer) if question.kind == "caption" else 1.0
@@ -144,6 +154,8 @@ class RowBuilder:
             first = len(self._tokens) - 1
             self._asked += [(first + step, token, weight) for step, token in enumerate(answer)]
             self._tokens += answer
+            if about:
+                self._gated += [(at, int(about[1]) - 1) for at in range(gate, len(self._tokens) - 1)]
         added = len(self._tokens) - start
         after = self._positions[sees - 1] + 1
         self._positions += range(after, after + added)
@@ -169,6 +181,9 @@ class RowBuilder:
             kinds=self._kinds,
             named_at=torch.tensor([at for at, _ in self._named], dtype=torch.long),
             sought=torch.tensor([wanted for _, wanted in self._named], dtype=torch.long),
+            gated_at=torch.tensor([at for at, _ in self._gated], dtype=torch.long),
+            gated_item=torch.tensor([item for _, item in self._gated], dtype=torch.long),
+            ended=self._ended,
         )
 
     def _pixels(self, tokens: Tensor) -> None:
@@ -176,9 +191,10 @@ class RowBuilder:
         self._visual_at += range(len(self._tokens), len(self._tokens) + len(tokens))
         self._extend([self.tokenizer.media["image"]] * len(tokens), -1, item=self._items)
 
-    def _newline(self, kind: str) -> None:
+    def _newline(self, kind: str, frames: int) -> None:
+        self._ended.append((len(self._tokens), self._items, frames))
         self._newline_at.append(len(self._tokens))
-        self._extend([self.tokenizer.media[kind]], -1)
+        self._extend([self.tokenizer.media[kind]], -1, item=self._items)
 
     def _extend(self, ids: list[int], frame: int, leap: int = 0, *, item: int = -1) -> None:
         after = (self._positions[-1] + 1 if self._positions else 0) + leap

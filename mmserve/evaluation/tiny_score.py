@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from mmserve.evaluation.suites import SUITES, Example, Verdict, examples, frames_seen, seen
-from mmserve.evaluation.tiny_forward import embed_row, row_states
+from mmserve.evaluation.tiny_forward import RowAttention, embed_row, row_states
 from mmserve.evaluation.tiny_pools import embed_clip
 from mmserve.evaluation.tiny_rows import Row, RowBuilder, TinyTokenizer
 
@@ -47,7 +47,10 @@ def answered(model: LlavaOnevisionForConditionalGeneration, row: Row, *, carrier
     inner = model.model
     table = inner.get_input_embeddings().weight
     embedded = embed_row(row, table, inner.image_newline)
-    (states,) = row_states(inner.language_model, [embedded], [row], carriers=[carriers])
+    heads = model.config.text_config.num_attention_heads
+    (states,) = row_states(
+        inner.language_model, [embedded], [RowAttention(row, heads=heads, carriers=carriers)]
+    )
     guesses = (states[-1][0, row.asked_at] @ table.T).argmax(-1)
     return bool((guesses == row.wanted).all())
 

@@ -1,4 +1,4 @@
-"""Curriculum of `tiny`: clips with the tower, then long, mixed and streamed prompts on a frozen tower.
+"""Curriculum of `tiny` on its frozen tower: clips, then long, mixed and streamed prompts as well.
 
 Continues a trained model phase by phase, resumable from RUN/PHASE.safetensors; on a share of the rows
 VideoScan's semantic mask takes the place of dense attention. Knows nothing about suites.
@@ -20,8 +20,10 @@ from torch.nn import functional
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from mmserve.evaluation.checkpoint import load_state, save_state
+from mmserve.evaluation.clipworld import DIRECTIONS
 from mmserve.evaluation.curriculum import (
     LOCAL,
+    SUMMARY,
     TEMPORAL,
     Lesson,
     Seen,
@@ -31,16 +33,19 @@ from mmserve.evaluation.curriculum import (
     moment,
     still_row,
     stream_row,
+    summary_labels,
+    under_tokens,
+    until,
     video_row,
 )
-from mmserve.evaluation.tiny_data import pixels
-from mmserve.evaluation.tiny_forward import embed_row, row_states
+from mmserve.evaluation.tiny_forward import RowAttention, embed_row, row_states
 from mmserve.evaluation.tiny_model import POOLED, save_checkpoint
-from mmserve.evaluation.tiny_pools import Item, Pools, embed_frames
+from mmserve.evaluation.tiny_pools import Item, Pools
 from mmserve.evaluation.tiny_rows import SOUGHT, Row, TinyTokenizer, frame_ends
 from mmserve.evaluation.train_phases import Phase
 from mmserve.evaluation.train_steps import decayed, schedule
 
+FACTS = 9  # about a scene, roughly: what the other classes of SUMMARY say is "nothing"
 ITEMS = 6  # of a mixed prompt, at most
 TOGETHER = 3000  # tokens that go through the model at once
 
@@ -56,7 +61,8 @@ class Probe(nn.Module):
         self.temporal = nn.Linear(width, sum(TEMPORAL))
         self.item = nn.Linear(width, ITEMS)
         self.name = nn.Linear(width, len(SOUGHT))
-        self.paint = nn.Linear(width, 3)  # mean colour under a token, background included
+        self.way, self.centre = nn.Linear(width, len(DIRECTIONS) + 1), nn.Linear(width, 2)
+        self.summary = nn.Linear(width, sum(SUMMARY))
 
     def name_loss(self, states: list[Tensor], row: Row) -> Tensor:
         """Of the words that name an object in a question: they should find what is asked about it."""
@@ -64,9 +70,38 @@ class Probe(nn.Module):
             return torch.zeros(())
         return functional.cross_entropy(self.name(states[self.middle][0, row.named_at]).float(), row.sought)
 
+    def summary_loss(self, states: list[Tensor], row: Row, items: list[Item]) -> Tensor:
+        """Of the newlines after items: they should know what was shown."""
+        shown = [until(items[item].scene, frames) for _, item, frames in row.ended]
+        wanted = torch.stack([summary_labels(scene) for scene in shown])
+        scores = self.summary(states[self.middle][0, [at for at, _, _ in row.ended]]).float()
+        parts = [
+            functional.cross_entropy(part, wanted[:, index], reduction="sum", ignore_index=-100)
+            for index, part in enumerate(scores.split(list(SUMMARY), 1))
+        ]
+        return torch.stack(parts).sum() / (len(shown) * FACTS)
+
+    def token_loss(self, states: list[Tensor], row: Row, order: Ordered) -> Tensor:
+        """Of the media's tokens: they should know which way what they show moves, and where its centre is."""
+        owner = row.item[row.visual_at]
+        labels = []
+        for number, (item, tokens) in enumerate(zip(order.items, order.tokens, strict=True)):
+            size = int((owner == number).sum())
+            side = POOLED if tokens.dim() == 3 else 2 * POOLED
+            known = torch.stack(under_tokens(item.scene, side))
+            labels.append(known.repeat(1, -(-size // known.shape[1]))[:, :size])
+        ways, centres = torch.cat(labels, 1)
+        total = torch.zeros(())
+        for head, state, wanted in ((self.way, self.middle - 1, ways), (self.centre, 1, centres)):
+            at = (wanted >= 0).nonzero()[:, 0]
+            if len(at):
+                scores = head(states[state][0, row.visual_at[at]]).float()
+                total = total + functional.cross_entropy(scores, wanted[at])
+        return total
+
     def item_loss(self, states: list[Tensor], row: Row) -> Tensor:
         inside = (row.item >= 0).nonzero()[:, 0]
-        return functional.cross_entropy(self.item(states[self.early][0, inside]).float(), row.item[inside])
+        return functional.cross_entropy(self.item(states[0][0, inside]).float(), row.item[inside])
 
     def loss(self, states: list[Tensor], row: Row, labels: tuple[Tensor, Tensor]) -> Tensor:
         ends = frame_ends(row)
@@ -91,6 +126,7 @@ class Ordered:
     kind: str
     items: list[Item]
     carriers: bool
+    guided: bool
     tokens: list[Tensor] = field(default_factory=list)
 
 
@@ -136,8 +172,7 @@ class Curriculum:
         step = load_state(state, self.whole, optimiser) if state.exists() else 0
         if step >= phase.steps:
             return
-        tower = None if phase.tower_peak else self.model
-        pools = Pools(self.seed, phase.supplies, tower, self.workers)
+        pools = Pools(self.seed, phase.supplies, self.model, self.workers)
         saved = time.monotonic()
         rows: dict[str, list[float]] = {}
         while step < phase.steps:
@@ -146,10 +181,9 @@ class Curriculum:
             rate = schedule(step, phase.steps, 1.0, warmup=40, floor=phase.floor)
             for group in optimiser.param_groups:
                 group["lr"] = rate * group["peak"]
-            for kind, loss, probed, named in self._step(phase, pools, rng, optimiser):
-                rows.setdefault(kind, []).append(loss)
-                rows.setdefault(f"{kind} probe", []).append(probed)
-                rows.setdefault(f"{kind} name", []).append(named)
+            for losses in self._step(phase, pools, rng, optimiser):
+                for kind, loss in losses.items():
+                    rows.setdefault(kind, []).append(loss)
             step += 1
             if step % 20 == 0:
                 means = {kind: round(float(np.mean(losses)), 4) for kind, losses in sorted(rows.items())}
@@ -165,11 +199,8 @@ class Curriculum:
         language = [*inner.language_model.parameters(), inner.image_newline]
         groups: list[dict[str, Any]] = [group | {"peak": phase.peak} for group in decayed(language)]
         groups += [group | {"peak": phase.peak} for group in decayed(list(self.probe.parameters()))]
-        tower = [*inner.vision_tower.parameters(), *inner.multi_modal_projector.parameters()]
-        for parameter in tower:
-            parameter.requires_grad_(phase.tower_peak > 0)
-        if phase.tower_peak:
-            groups += [group | {"peak": phase.tower_peak} for group in decayed(tower)]
+        for frozen in (inner.vision_tower, inner.multi_modal_projector):
+            frozen.requires_grad_(False)
         return torch.optim.AdamW(groups, betas=(0.9, 0.98))
 
     def _order(self, phase: Phase, pools: Pools, rng: np.random.Generator) -> list[Ordered]:
@@ -187,7 +218,7 @@ class Curriculum:
                 else:
                     size = int(rng.integers(2, phase.longest_mix + 1, 2).min())  # short ones teach as well
                     items = [pools.draw("clip" if rng.random() < 0.5 else "image", rng) for _ in range(size)]
-                ordered.append(Ordered(kind, items, carriers))
+                ordered.append(Ordered(kind, items, carriers, guided=bool(rng.random() < 0.5)))
         return ordered
 
     def _build(self, order: Ordered, rng: np.random.Generator) -> Row:
@@ -195,7 +226,7 @@ class Curriculum:
         if order.kind == "mixed" and len(seen) == 1:
             return image_row(rng, self.words, seen[0])
         if order.kind == "mixed":
-            return mixed_row(rng, self.words, seen, carriers=order.carriers, most=4)
+            return mixed_row(rng, self.words, seen, carriers=order.carriers, most=3)
         if order.kind == "stream":
             return stream_row(rng, self.words, seen[0], carriers=order.carriers, moments=8)
         if order.kind == "still":
@@ -207,26 +238,17 @@ class Curriculum:
 
     def _step(
         self, phase: Phase, pools: Pools, rng: np.random.Generator, optimiser: torch.optim.Optimizer
-    ) -> list[tuple[str, float, float, float]]:
-        """One update; each row's kind, mean loss of its answers, and losses of its probes."""
+    ) -> list[dict[str, float]]:
+        """One update; of each row, the mean loss of its answers and those of its probes, by name."""
         optimiser.zero_grad(set_to_none=True)
         ordered = self._order(phase, pools, rng)
-        leaves: list[tuple[Tensor, Tensor]] = []
-        paint = torch.zeros(())
-        if phase.tower_peak:
-            leaves, paint = self._see(ordered)
-        else:
-            for order in ordered:
-                order.tokens = [item.content.view(torch.bfloat16) for item in order.items]
+        for order in ordered:
+            order.tokens = [item.content.view(torch.bfloat16) for item in order.items]
         rows = [self._build(order, rng) for order in ordered]
         total = sum(float(row.weights.sum()) for row in rows)
-        losses = []
+        losses: list[dict[str, float]] = []
         for first, last in _together([len(row.tokens) for row in rows]):
             losses += self._losses(ordered[first:last], rows[first:last], total, len(rows))
-        if leaves:
-            outputs = [output for output, leaf in leaves if leaf.grad is not None]
-            grads = [leaf.grad for _, leaf in leaves if leaf.grad is not None]
-            torch.autograd.backward([*outputs, paint], [*grads, None])
         parameters = [p for group in optimiser.param_groups for p in group["params"]]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
@@ -234,17 +256,18 @@ class Curriculum:
 
     def _losses(
         self, ordered: list[Ordered], rows: list[Row], total: float, count: int
-    ) -> list[tuple[str, float, float, float]]:
+    ) -> list[dict[str, float]]:
         """Gradients of some of a step's rows; `total` weight and `count` are of all its rows."""
         inner = self.model.model
         table = inner.get_input_embeddings().weight
+        heads = self.model.config.text_config.num_attention_heads
+        attends = [
+            RowAttention(row, heads=heads, carriers=order.carriers, guided=order.guided)
+            for row, order in zip(rows, ordered, strict=True)
+        ]
         with torch.autocast("cpu", torch.bfloat16):
-            states = row_states(
-                inner.language_model,
-                [embed_row(row, table, inner.image_newline) for row in rows],
-                rows,
-                carriers=[order.carriers for order in ordered],
-            )
+            embedded = [embed_row(row, table, inner.image_newline) for row in rows]
+            states = row_states(inner.language_model, embedded, attends)
         logits = torch.cat(
             [of_row[-1][0, row.asked_at] for of_row, row in zip(states, rows, strict=True)]
         ).float()
@@ -253,57 +276,44 @@ class Curriculum:
         loss = torch.zeros(())
         losses = []
         parts = answers.split([len(row.wanted) for row in rows])
-        for order, row, of_row, part in zip(ordered, rows, states, parts, strict=True):
+        for order, attend, of_row, part in zip(ordered, attends, states, parts, strict=True):
+            row = attend.row
             probed = torch.zeros(())
+            strayed, peeked = (
+                torch.stack(seen).mean() if seen else torch.zeros(())
+                for seen in (attend.strays, attend.peeks)
+            )
             with torch.autocast("cpu", torch.bfloat16):
                 named = self.probe.name_loss(of_row, row)
+                summed = self.probe.summary_loss(of_row, row, order.items)
+                painted = torch.zeros(())
+                if not order.carriers:
+                    painted = self.probe.token_loss(of_row, row, order)
                 if order.kind == "mixed":
                     probed = self.probe.item_loss(of_row, row)
                 elif order.carriers:  # elsewhere a frame's last token is one of many
                     probed = self.probe.loss(of_row, row, frame_labels(order.items[0].scene))
             right = (part * row.weights).sum()
-            loss = loss + right / total + (0.5 * named + 0.8 * probed) / count
+            loss = (
+                loss
+                + right / total
+                + (0.5 * named + 0.8 * probed + 0.3 * summed + strayed + 0.5 * (peeked + painted)) / count
+            )
             name = order.kind + ("+" if order.carriers else "")
             mean = float(right.detach() / row.weights.sum())
-            losses.append((name, mean, float(probed.detach()), float(named.detach())))
+            losses.append(
+                {
+                    name: mean,
+                    f"{name} probe": float(probed.detach()),
+                    f"{name} name": float(named.detach()),
+                    f"{name} summary": float(summed.detach()),
+                    f"{name} stray": float(strayed.detach()),
+                    f"{name} peek": float(peeked.detach()),
+                    f"{name} token": float(painted.detach()),
+                }
+            )
         loss.backward()
         return losses
-
-    def _see(self, ordered: list[Ordered]) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """Tokens of all media with the tower in training.
-
-        Rows get leaves, whose gradients go back through the tower at once; also returns the loss of
-        reading the mean colour under each token.
-        """
-        leaves: list[tuple[Tensor, Tensor]] = []
-        paint = torch.zeros(())
-        for image in (False, True):
-            wanted = [
-                (order, item)
-                for order in ordered
-                for item in order.items
-                if (len(item.content) == 1 and order.kind == "mixed") == image
-            ]
-            if not wanted:
-                continue
-            frames = pixels(torch.cat([item.content for _, item in wanted]).numpy())
-            with torch.autocast("cpu", torch.bfloat16):
-                output = embed_frames(self.model, frames, pooled=not image)
-                painted = self.probe.paint(output).float()
-            side = POOLED * (2 if image else 1)
-            truth = functional.adaptive_avg_pool2d(frames, side).flatten(2).transpose(1, 2)
-            paint = paint + (painted - truth).square().mean()
-            leaf = output.detach().requires_grad_()
-            leaves.append((output, leaf))
-            parts = leaf.split([len(item.content) for _, item in wanted])
-            for (order, _), part in zip(wanted, parts, strict=True):
-                order.tokens.append(part[0] if image else part)
-        for order in ordered:  # pictures were appended after clips: back to the order of the items
-            if order.kind == "mixed":
-                clips = [tokens for tokens in order.tokens if tokens.dim() == 3]
-                crops = [tokens for tokens in order.tokens if tokens.dim() == 2]
-                order.tokens = [(crops if len(item.content) == 1 else clips).pop(0) for item in order.items]
-        return leaves, paint
 
     def log(self, phase: str, step: int, **values: float) -> None:
         row = {"phase": phase, "step": step, "seconds": round(time.monotonic() - self.started, 1), **values}

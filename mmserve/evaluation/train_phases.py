@@ -12,14 +12,12 @@ from mmserve.evaluation.tiny_pools import Supply
 class Phase:
     """`menu` is how many rows of each kind a step has on average.
 
-    `carriers` is the share of each kind's rows under the semantic mask; `tower_peak` 0 keeps the tower as
-    it is.
+    `carriers` is the share of each kind's rows under the semantic mask.
     """
 
     name: str
     steps: int
     peak: float
-    tower_peak: float = 0.0
     menu: dict[str, float]
     carriers: dict[str, float]
     supplies: dict[Lesson, Supply]
@@ -35,32 +33,21 @@ LANGUAGE = Phase(
     carriers={},
     supplies={"first": Supply(256, 16, 8)},
 )
-JOINT = Phase(
-    name="joint",
-    steps=250,
-    peak=5e-4,
-    tower_peak=2e-4,
-    menu={"clip": 7, "still": 4, "varied": 1, "mixed": 1},
-    carriers={"clip": 0.5, "still": 1.0, "varied": 0.5, "mixed": 0.5},
-    supplies={"clip": Supply(64, 8, 6), "varied": Supply(32, 32, 4), "image": Supply(32, 16, 4)},
-    longest_mix=3,
-    floor=0.4,
-)
 LONG = Phase(
     name="long",
-    steps=2500,
-    peak=4e-4,
-    menu={"clip": 6, "still": 6, "varied": 0.8, "long": 0.45, "stream": 0.3, "mixed": 3},
-    carriers={"clip": 0.45, "still": 1.0, "varied": 0.4, "long": 0.5, "stream": 0.3, "mixed": 0.05},
+    steps=600,
+    peak=3.5e-4,
+    menu={"clip": 6, "still": 1, "varied": 0.6, "long": 0.4, "stream": 0.3, "mixed": 4},
+    carriers={"clip": 0.2, "still": 1.0, "varied": 0.2, "long": 0.2, "stream": 0.2},
     supplies={
-        "clip": Supply(32, 8, 24),
-        "image": Supply(16, 16, 16),
-        "varied": Supply(16, 40, 12),
-        "long": Supply(16, 40, 16),
-        "stream": Supply(16, 40, 12),
+        "clip": Supply(48, 24, 40),
+        "image": Supply(32, 24, 24),
+        "varied": Supply(16, 60, 12),
+        "long": Supply(12, 100, 20),
+        "stream": Supply(16, 80, 12),
     },
 )
-TINY_PHASES = (LANGUAGE, JOINT, LONG)
+TINY_PHASES = (LANGUAGE, LONG)
 DRAFT_PHASES = (
     replace(LANGUAGE, steps=1500, peak=1.5e-3),
     replace(LONG, steps=600, peak=1e-3),

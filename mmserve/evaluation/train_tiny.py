@@ -1,8 +1,8 @@
 """Train the embedded model and its draft: `python -m mmserve.evaluation.train_tiny --out RUN`.
 
 Every phase is resumable from RUN/*.safetensors: the tower learns what lies under every token; the
-language model learns to answer on 8-frame clips; then both together; then long, mixed and streamed
-prompts on a frozen tower. The draft takes the same way, shorter. Reproducible from the seed.
+language model learns to answer on 8-frame clips; then long, mixed and streamed prompts. The draft takes
+the same way, shorter. Reproducible from the seed.
 """
 
 from __future__ import annotations

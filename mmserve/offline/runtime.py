@@ -24,13 +24,12 @@ from mmserve.media.intake import Intake
 from mmserve.messages import Role
 from mmserve.models.chat import ChatFormat
 from mmserve.offline.prompts import Inputs
-from mmserve.queues import ipc_endpoint
 from mmserve.request import Chunk, MediaRef, Methods, Prompt, RequestOutput
 from mmserve.rundir import RunDir
 from mmserve.sampling import SamplingParams
 from mmserve.workers.main import WorkerConfig, run_worker
 from mmserve.workers.pipeline import Pipeline
-from mmserve.workers.supervisor import Supervisor, worker_configs
+from mmserve.workers.supervisor import Supervisor, meeting_point, worker_configs
 
 START_TIMEOUT_S = 600.0
 NO_DEADLINE_S = 1e9  # offline work takes what it takes
@@ -44,6 +43,7 @@ class Request:
     sampling: SamplingParams
     methods: Methods
     priority: int = 0  # a lower one comes earlier
+    report_tokens: bool = False
 
 
 class Runtime:
@@ -61,10 +61,10 @@ class Runtime:
         self._run_dir = RunDir()
         fetcher = Fetcher(directory=self._run_dir.path)
         self._intake = Intake(fetcher, config.cache.remembered_media_bytes)
-        endpoint = ipc_endpoint(self._run_dir.path)
+        endpoint, keys = meeting_point(config, self._run_dir.path)
         directories = self._run_dir.directories
-        self.pipeline = Pipeline(endpoint, directories, max_active=2**20, deadline_s=NO_DEADLINE_S)
-        configs = worker_configs(config, endpoint, [str(directory) for directory in directories])
+        self.pipeline = Pipeline(endpoint, directories, max_active=2**20, deadline_s=NO_DEADLINE_S, keys=keys)
+        configs = worker_configs(config, endpoint, [str(directory) for directory in directories], keys)
         self._thread = threading.Thread(
             target=self._run_here if in_process else self._supervise,
             args=(_colocated(configs, config) if in_process else configs,),
@@ -112,6 +112,7 @@ class Runtime:
             sampling=request.sampling,
             methods=request.methods,
             priority=request.priority,
+            report_tokens=request.report_tokens,
         )
         generation.start(prompt, fetch_ms=(time.perf_counter() - started_at) * 1e3)
         return generation

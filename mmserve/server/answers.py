@@ -10,12 +10,13 @@ import logging
 import time
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import msgspec
 
+from mmserve.budget import keep_under_load
 from mmserve.conversation import Conversation, MediaPart
-from mmserve.errors import MMServeError, Unavailable
+from mmserve.errors import MMServeError, Overloaded, Unavailable
 from mmserve.generation import Generation
 from mmserve.metrics import Metrics
 from mmserve.models.chat import ChatFormat
@@ -38,9 +39,18 @@ T = TypeVar("T")
 class Fetches(Protocol):
     """What brings media onto this host; `release` lets go of what `bring` returned."""
 
-    async def bring(self, part: MediaPart, tenant: str = "") -> MediaRef: ...
+    async def bring(self, part: MediaPart, salt: str = "") -> MediaRef: ...
 
     def release(self, ref: MediaRef) -> None: ...
+
+    def held_bytes(self) -> dict[str, int]: ...
+
+
+class Load(NamedTuple):
+    """How far `methods.keep` may fall, and with how many requests before this one it does."""
+
+    floor: float
+    full: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +62,8 @@ class Call:
     methods: Methods
     salt: str = ""
     priority: int = 0  # lower comes earlier
+    report_tokens: bool = False
+    load: Load | None = None
 
 
 class Door:
@@ -67,11 +79,21 @@ class Door:
         self._empty = asyncio.Event()
         self._empty.set()
 
-    async def open(self, call: Call) -> Answer:
-        """Admit, fetch, start. Raises what is wrong; then nothing is left behind."""
+    def check_room(self) -> None:
+        """Raise where a request could not come in just now: asked before its body is read."""
         if self.is_draining:
             raise Unavailable("The server is shutting down")
-        answer = await self._admit(call.sampling)
+        if self.pipeline.is_full:
+            raise Overloaded("Expected fewer requests in the server; try again")
+
+    async def open(self, call: Call) -> Answer:
+        """Admit, fetch, start. Raises what is wrong; then nothing is left behind."""
+        try:
+            self.check_room()
+            answer = await self._admit(call.sampling)
+        except MMServeError as error:
+            self.metrics.count_request(error.code)
+            raise
         try:
             started_at = time.perf_counter()
             media = await self._fetch(call.conversation.media, answer, call.salt)
@@ -82,9 +104,10 @@ class Door:
                 token_ids=tuple(token_ids),
                 media=media,
                 sampling=call.sampling,
-                methods=call.methods,
+                methods=self._eased(call),
                 salt=call.salt,
                 priority=call.priority,
+                report_tokens=call.report_tokens,
             )
             answer.generation.start(prompt, fetch_ms)
         except MMServeError as error:
@@ -122,11 +145,20 @@ class Door:
         self._empty.clear()
         return answer
 
-    async def _fetch(self, parts: Sequence[MediaPart], answer: Answer, tenant: str) -> tuple[MediaRef, ...]:
+    def _eased(self, call: Call) -> Methods:
+        """Fewer tokens while others wait."""
+        keep = call.methods.keep
+        if call.load is None or not isinstance(keep, float):
+            return call.methods
+        keep = keep_under_load(keep, call.load.floor, self.pipeline.without_token, call.load.full)
+        self.metrics.note_keep(keep)
+        return msgspec.structs.replace(call.methods, keep=keep)
+
+    async def _fetch(self, parts: Sequence[MediaPart], answer: Answer, salt: str) -> tuple[MediaRef, ...]:
         found: dict[int, MediaRef] = {}
 
         async def one(place: int, part: MediaPart) -> None:
-            found[place] = await self.fetcher.bring(part, tenant)
+            found[place] = await self.fetcher.bring(part, salt)
             answer.held.append(found[place])
 
         # what is sent comes before what refers to it

@@ -10,6 +10,7 @@ from fastapi import FastAPI
 
 import mmserve
 from mmserve.config import ServeConfig
+from mmserve.media.budget import ByteBudget
 from mmserve.metrics import Metrics
 from mmserve.models.chat import ChatFormat
 from mmserve.server.answers import Door, Fetches
@@ -26,7 +27,14 @@ def create_app(
     *, pipeline: Pipeline, chat: ChatFormat, fetcher: Fetches, config: ServeConfig, model_name: str
 ) -> FastAPI:
     """The application; its `state.door` is the `Door` to drain. The pipeline stays its caller's."""
-    door = Door(pipeline, chat, fetcher, Metrics(pipeline.counts, lambda: pipeline.is_ready))
+    bodies = ByteBudget(config.limits.max_media_bytes, "request bodies")
+    metrics = Metrics(
+        pipeline.counts,
+        lambda: pipeline.is_ready,
+        pipeline.work_counts,
+        lambda: fetcher.held_bytes() | {"bodies": bodies.taken},
+    )
+    door = Door(pipeline, chat, fetcher, metrics)
     monitor = LoopMonitor()
 
     @asynccontextmanager
@@ -46,7 +54,7 @@ def create_app(
     app.include_router(models_router(chat, config.limits, model_name))
     app.include_router(health_router(door, monitor))
     install_error_handlers(app)
-    app.add_middleware(LimitsMiddleware, limits=config.limits)
+    app.add_middleware(LimitsMiddleware, limits=config.limits, bodies=bodies, count=metrics.count_request)
     if config.api_key is not None:
         # added last, so it comes first
         app.add_middleware(ApiKeyMiddleware, keys=config.api_key)

@@ -11,8 +11,9 @@ from fastapi import APIRouter, Request, Response
 from mmserve.config import ServeConfig
 from mmserve.conversation import parse
 from mmserve.errors import BadRequest, MMServeError
+from mmserve.methods import least_keep
 from mmserve.request import Chunk, RequestOutput
-from mmserve.server.answers import Answer, Call, ClientGone, Door, unless
+from mmserve.server.answers import Answer, Call, ClientGone, Door, Load, unless
 from mmserve.server.errors import FieldError, ModelNotFound, error_body, json_response
 from mmserve.server.limits import read_json
 from mmserve.server.openai import DONE, Shape, event
@@ -29,6 +30,7 @@ def chat_router(door: Door, config: ServeConfig, model_name: str) -> APIRouter:
     @router.post("/v1/chat/completions", openapi_extra=body_schema(ChatRequest))
     async def chat_completions(request: Request) -> Response:
         try:
+            door.check_room()
             body = parse_body(ChatRequest, await read_json(request, config.limits.max_json_depth))
             check_model(body.model, model_name)
             call = _call(body, config, getattr(request.state, "tenant", ""))
@@ -97,20 +99,30 @@ def _call(body: ChatRequest, config: ServeConfig, tenant: str) -> Call:
     # a client may step back for others, not push them aside
     if not 0 <= priority <= MAX_PRIORITY:
         raise FieldError("priority", f"Expected priority of 0 to {MAX_PRIORITY}, but got {priority}")
+    methods = methods_of(body, config.methods)
+    floor = None
+    if body.own.prune is None and body.own.keep is None:
+        floor = least_keep(config.prune_under_load, priority, methods)
     return Call(
         conversation=conversation,
         sampling=sampling_of(body, limits),
-        methods=methods_of(body, config.methods),
+        methods=methods,
+        load=None if floor is None else Load(floor, limits.max_queued),
         salt=_salt(tenant, body.cache_salt or ""),
         priority=priority,
+        report_tokens=bool(body.own.report and body.own.report_tokens),
     )
 
 
 def _salt(tenant: str, given: str) -> str:
-    """Each key, and each salt of it, has caches of its own."""
+    """Each key, and each salt of it, has caches of its own; all salts of a key share its room there."""
     if not tenant and not given:
         return ""
-    return hashlib.sha256(f"{len(tenant)}:{tenant}{given}".encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{_hashed(tenant)}/{_hashed(given)}"
+
+
+def _hashed(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() if text else ""
 
 
 async def _begin(door: Door, call: Call, *, whole: bool) -> tuple[Answer, Chunk | RequestOutput]:

@@ -6,6 +6,7 @@ Knows nothing about what a body means.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import msgspec
 from fastapi import Request
@@ -29,10 +30,13 @@ class LimitsMiddleware:
     than is left of it is told to come back later before the first byte is read.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+    def __init__(
+        self, app: ASGIApp, limits: Limits, bodies: ByteBudget, count: Callable[[str], None]
+    ) -> None:
         self._app = app
         self._limits = limits
-        self._bodies = ByteBudget(limits.max_media_bytes, "request bodies")
+        self._bodies = bodies
+        self._count = count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -42,6 +46,7 @@ class LimitsMiddleware:
         try:
             body.expect(self._check_headers(scope))
         except MMServeError as error:
+            self._count(error.code)
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1009, "reason": ""})
             else:

@@ -29,6 +29,7 @@ from mmserve.media.fetch import Fetcher, FetchPolicy
 from mmserve.media.intake import Intake
 from mmserve.media.limits import MediaLimits
 from mmserve.models.chat import ChatFormat
+from mmserve.queues import CurveKeys
 from mmserve.server.answers import Door
 from mmserve.server.app import create_app
 from mmserve.workers.pipeline import Pipeline
@@ -52,6 +53,7 @@ class ApiConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     endpoint: str
     directories: tuple[str, ...]  # of the run, the preferred place for leases first, the one on disk last
     model_dir: str
+    keys: CurveKeys | None = None  # of the tcp plane
     demo: bool = False  # start the demo page too
 
 
@@ -186,6 +188,7 @@ def run(api: ApiConfig) -> None:
         [Path(directory) for directory in api.directories],
         max_active=limits.max_running + limits.max_queued,
         deadline_s=config.deadline_s,
+        keys=api.keys,
     )
     try:
         asyncio.run(answer_until_stopped(api, config, pipeline, listener))

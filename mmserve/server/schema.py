@@ -10,10 +10,11 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mmserve.budget import Budget
 from mmserve.config import Limits, MethodDefaults
 from mmserve.errors import BadRequest
 from mmserve.methods import choose_methods
-from mmserve.request import MediaOptions, Methods
+from mmserve.request import MediaOptions, Methods, Option
 from mmserve.sampling import SamplingParams
 from mmserve.server.errors import FieldError
 
@@ -26,6 +27,7 @@ DEFAULT_MAX_TOKENS = 256
 Text = Annotated[str | None, Field(description="text")]
 Whole = Annotated[int | None, Field(description="a whole number")]
 Number = Annotated[float | None, Field(description="a number")]
+Amount = Annotated[Budget | None, Field(description="a number, or text such as 16/frame")]
 Flag = Annotated[bool | None, Field(description="true or false")]
 
 # fields of OpenAI's and vLLM's requests that would change the answer: accepted only where they do not
@@ -99,12 +101,18 @@ class OwnOptions(VideoOptions):
     """The field `mmserve`: how media are sampled, the work is made smaller, and whether to report on it."""
 
     prune: Text = None
-    keep: Number = None
+    keep: Amount = None
+    keep_image: Amount = None
+    prune_options: Annotated[
+        dict[str, Option] | None, Field(description="an object from names to values")
+    ] = None
+    prune_text_images: Flag = None
     attention: Text = None
     kv: Text = None
     kv_budget: Number = None
     kv_dtype: Text = None
     report: Flag = None
+    report_tokens: Flag = None  # with `report`: which tokens of each item survive
 
 
 class ChatRequest(_Body):
@@ -217,6 +225,9 @@ def methods_of(request: ChatRequest, defaults: MethodDefaults) -> Methods:
         defaults,
         prune=own.prune,
         keep=own.keep,
+        keep_image=own.keep_image,
+        prune_options=own.prune_options,
+        prune_text_images=own.prune_text_images,
         attention=own.attention,
         kv=own.kv,
         kv_budget=own.kv_budget,

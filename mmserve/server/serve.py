@@ -11,14 +11,13 @@ import time
 from types import FrameType
 
 from mmserve.config import ServeConfig, to_mapping
-from mmserve.errors import BadRequest, ConfigError
-from mmserve.methods import choose_methods
+from mmserve.errors import ConfigError
+from mmserve.methods import deployed_methods
 from mmserve.models.resolve import resolve
-from mmserve.queues import ipc_endpoint
 from mmserve.rundir import RunDir
 from mmserve.server.main import DEMO_HOME, ApiConfig
 from mmserve.workers.process import Child
-from mmserve.workers.supervisor import Supervisor, worker_configs
+from mmserve.workers.supervisor import Supervisor, meeting_point, worker_configs
 
 logger = logging.getLogger(__name__)
 DRAIN_S = 36.0  # the API's own limit and some seconds to close
@@ -47,14 +46,11 @@ def serve(config: ServeConfig, *, demo: bool = False) -> int:
     """Serve until a signal; 0 after a drain that was asked for, 1 when a part could not be kept alive."""
     if demo and not (DEMO_HOME / "demo" / "page.py").is_file():
         raise ConfigError("Expected the demo page beside the package, but it is only in a source checkout")
-    try:
-        choose_methods(config.methods)
-    except BadRequest as error:
-        raise ConfigError(error.public_message) from error
+    deployed_methods(config)
     stop = _Stop()
     model_dir = resolve(config.model)
     with RunDir() as run_dir:
-        endpoint = ipc_endpoint(run_dir.path)
+        endpoint, keys = meeting_point(config, run_dir.path)
         directories = [str(directory) for directory in run_dir.directories]
         api = Child.start(
             "mmserve.server.main",
@@ -63,11 +59,12 @@ def serve(config: ServeConfig, *, demo: bool = False) -> int:
                 endpoint=endpoint,
                 directories=tuple(directories),
                 model_dir=str(model_dir),
+                keys=keys,
                 demo=demo,
             ),
             name="api",
         )
-        supervisor = Supervisor(worker_configs(config, endpoint, directories), stop.give_up, [api])
+        supervisor = Supervisor(worker_configs(config, endpoint, directories, keys), stop.give_up, [api])
         drain_ends_at: float | None = None
 
         def should_stop() -> bool:

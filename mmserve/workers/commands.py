@@ -15,6 +15,7 @@ def encode_media(record: Record, item: int) -> m.EncodeMedia:
         media=prompt.media[item],
         methods=prompt.methods,
         salt=prompt.salt,
+        report_tokens=prompt.report_tokens,
         is_only_image=sum(ref.modality == "image" for ref in prompt.media) == 1,
     )
 
@@ -56,6 +57,7 @@ def prefill_prompt(record: Record, *, hand_off: bool) -> m.PrefillPrompt:
         hand_off=hand_off,
         salt=prompt.salt,
         priority=prompt.priority,
+        report_tokens=prompt.report_tokens,
     )
 
 

@@ -6,7 +6,6 @@ clients in `updates`. Knows nothing about sockets, processes, tensors or HTTP.
 
 from __future__ import annotations
 
-import bisect
 import secrets
 from collections.abc import Callable, Iterable
 
@@ -14,19 +13,19 @@ import msgspec
 
 from mmserve import messages as m
 from mmserve.errors import (
-    BadRequest,
     DeadlineExceeded,
     MMServeError,
     Overloaded,
     RequestPoisoned,
+    Unavailable,
     from_code,
 )
 from mmserve.messages import Role
 from mmserve.request import FinishReason, Prompt
 from mmserve.workers import commands
 from mmserve.workers.ledger import Update as Update
-from mmserve.workers.records import Item, Record, State, Worker
-from mmserve.workers.routing import Job, choose, holds_back, new_job, room
+from mmserve.workers.records import MAX_LOSSES, Item, Record, State, Worker
+from mmserve.workers.routing import Job, choose, holds_back
 from mmserve.workers.sharing import Sharing
 
 HEARTBEAT_S = 1.0
@@ -37,14 +36,13 @@ SUPERVISOR = "supervisor"
 class Dispatcher(Sharing):
     """Takes calls and events, moves requests from stage to stage, and hands out waiting jobs.
 
-    Invariant: `waiting` is ordered by turn; `pump` drops the jobs of ended records and old attempts.
+    `pump` drops the jobs of ended records and old attempts.
     """
 
     def __init__(self, *, clock: Callable[[], float], max_active: int, deadline_s: float) -> None:
         super().__init__(clock)
         self.max_active = max_active
         self.deadline_s = deadline_s
-        self.waiting: list[Job] = []
         self.ticked_at = clock()
 
     # calls from the front door
@@ -166,6 +164,12 @@ class Dispatcher(Sharing):
                 self._fail(record, from_code(event.code, event.public_message))
         elif isinstance(event, m.RequestPreempted):
             self._preempted(worker, event)
+        elif isinstance(event, m.LeaseLost):
+            self._unread(worker, event)
+        elif isinstance(event, m.LeasesEvicted):
+            self._evicted(event.lease_ids)
+        elif isinstance(event, m.WorkCounted):
+            self.work[worker.name] = event
         elif isinstance(event, m.StepStarted):
             worker.step, worker.step_bound_s = event.requests, event.bound_s
 
@@ -173,21 +177,14 @@ class Dispatcher(Sharing):
         record = self._current(event.request_id, event.attempt)
         if record is None:
             return
-        record.items[event.item].keep_bound = event.keep_bound
-        bounds = [item.keep_bound or 0 for item in record.items]
+        item = record.items[event.item]
+        item.keep_bound, item.lasting_bound = event.keep_bound, event.lasting_bound
+        item.frame_rows = event.frame_rows
+        bounds = [item.most_lasting for item in record.items if item.keep_bound is not None]
         slots = sum(bounds) + record.text_slots + record.submitted.sampling.max_tokens
         if self._check_room(record, Role.PREFILL, slots):
             self._share(record, worker, event)
             self._prefill_if_ready(record)
-
-    def _check_room(self, record: Record, role: Role, slots: int) -> bool:
-        """Fail what not even an idle worker can hold: it would wait for credit until its deadline."""
-        most = room(self.workers.values(), role)
-        if most is None or slots <= most:
-            return True
-        text = f"Expected a prompt of at most {most} tokens with its answer, but got {slots}"
-        self._fail(record, BadRequest(text))
-        return False
 
     def _encoded(self, worker: Worker, event: m.MediaEncoded) -> None:
         """The next part of an item: prefill begins with the first, the others follow it."""
@@ -223,6 +220,7 @@ class Dispatcher(Sharing):
         self._release_embeddings(record)
         record.take_prefilled(event)
         if event.lease is not None:
+            record.worker = None
             self._leave(worker, record)
         if event.first is not None and not self._accept(record, event.first):
             return
@@ -245,7 +243,7 @@ class Dispatcher(Sharing):
         if token.seq != len(record.tokens):
             return True
         record.tokens.append(token)
-        record.deaths_without_progress = 0
+        record.deaths_without_progress = record.losses_without_progress = 0
         if record.first_token_at is None:
             record.first_token_at = self.clock()
         if token.finish is None:
@@ -255,17 +253,46 @@ class Dispatcher(Sharing):
         self._end(record, State.FINISHED, (token,))
         return False
 
-    # preemptions and deaths
+    # losses, preemptions and deaths
+
+    def _unread(self, worker: Worker, event: m.LeaseLost) -> None:
+        """A worker found nothing to read where embeddings or KV should be."""
+        if record := self._given_up(worker, event):
+            self._make_again(record, {event.lease_id})
+
+    def _evicted(self, lease_ids: Iterable[str]) -> None:
+        """Who has not sent them to a reader yet does not wait until that one finds out."""
+        gone = set(lease_ids)
+        for record in list(self.records.values()):
+            if record.worker is None and gone.intersection(lease.lease_id for lease in record.leases):
+                self._make_again(record, gone)
+
+    def _make_again(self, record: Record, gone: set[str]) -> None:
+        """Encode what was lost once more: out of the cache, if it is still there."""
+        self._count("lost_leases")
+        record.losses_without_progress += 1
+        if record.losses_without_progress > MAX_LOSSES:
+            text = f"What was encoded for this request was lost {record.losses_without_progress} times"
+            self._fail(record, Unavailable(text))
+            return
+        if record.state is not State.PREFILLING or not record.is_encoded:
+            self._count("re_encoded", len(record.items))
+            self._restart(record)
+            return
+        record.attempt += 1
+        record.state = State.ENCODING
+        for index, item in enumerate(record.items):
+            if gone.intersection(part.lease.lease_id for part in item.parts):
+                self._count("re_encoded")
+                self._release_parts(item)
+                record.items[index] = Item()
+                self._wait(record, Role.ENCODE, item=index)
 
     def _preempted(self, worker: Worker, event: m.RequestPreempted) -> None:
         """The worker forgot it for lack of pages: the path of a lost worker, but nobody is blamed."""
-        record = self._current(event.request_id, event.attempt)
-        if record is None or record.worker != worker.name or record.request_id not in worker.holds:
-            return
-        self._count("preempted")
-        record.worker = None
-        self._leave_if_done(worker, record)  # it may be encoding the rest of the prompt
-        self._restart(record)
+        if record := self._given_up(worker, event):
+            self._count("preempted")
+            self._restart(record)
 
     def _died(self, event: m.WorkerDied) -> None:
         self._count("worker_deaths")
@@ -275,6 +302,7 @@ class Dispatcher(Sharing):
 
     def _lost(self, worker: Worker, blamed: Iterable[str], by_signal: int = 0) -> None:
         del self.workers[worker.name]
+        self._forget_work(worker.name)
         for request_id in worker.holds.intersection(blamed):
             suspect = self.records[request_id]
             if suspect.blame(by_signal):
@@ -284,6 +312,11 @@ class Dispatcher(Sharing):
         for request_id in sorted(worker.holds):
             if record := self.records.get(request_id):
                 self._again(record, worker.name)
+        # what lies in files outlives its owner
+        served = {
+            lease.lease_id for record in self.records.values() for lease in record.leases if lease.endpoint
+        }
+        self._evicted(lease_id for lease_id in served if self.lease_owner.get(lease_id) == worker.name)
 
     def _again(self, record: Record, lost: str) -> None:
         """Repeat only what the lost worker had."""
@@ -318,22 +351,6 @@ class Dispatcher(Sharing):
         self._start(record)
 
     # stages
-
-    def _start(self, record: Record) -> None:
-        if not record.items:
-            self._queue_prefill(record)
-            return
-        record.state = State.ENCODING
-        for index in range(len(record.items)):
-            self._wait(record, Role.ENCODE, item=index)
-
-    def _queue_prefill(self, record: Record) -> None:
-        record.state = State.PREFILLING
-        self._wait(record, Role.PREFILL, prompt_slots=record.prompt_slots)
-
-    def _wait(self, record: Record, role: Role, *, item: int | None = None, prompt_slots: int = 0) -> None:
-        job = new_job(record, role, self.clock(), item=item, prompt_slots=prompt_slots)
-        bisect.insort(self.waiting, job, key=lambda job: job.turn)
 
     def pump(self) -> None:
         """Give waiting jobs, in their turn, to workers that have credit for them."""

@@ -9,25 +9,27 @@ item consists of.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mmserve import messages as m
 from mmserve.encoders.base import Features
+from mmserve.pruning.carriers import SemanticCarriers
 from mmserve.request import MediaRef
-from mmserve.workers.items import Clock, ImageWork, ItemWork, Known, Tools, pruner_of
+from mmserve.transfer import LeaseReader
+from mmserve.workers.items import Clock, ImageWork, ItemWork, Known, Tools
 from mmserve.workers.loop import failed
 from mmserve.workers.videos import FramesWork, VideoWork
 
 MAX_QUEUED = 32
 OPENED_PER_STEP = 4
 MAX_AHEAD = 2  # long items that decode: while the tower looks at one, the next is prepared
-MAX_PLANS = 1024
+MAX_PLANNED = 1 << 18  # frames of the plans that are remembered, about 200 bytes each
+PLAN_COST = 16  # frames that the rest of a plan weighs
+COUNT_S = 0.25  # between reports of a worker that is busy
 STEP_BOUND_S = 120.0  # longest silence: some items are opened, one segment is decoded and encoded
 SHORT_CROPS = 8  # videos with at most so many frames to encode do not wait for longer ones, nor do images
 CROPS_PER_BATCH = {"cpu": 8, "cuda": 64}
@@ -62,15 +64,20 @@ class EncodeHandler:
     roles: tuple[m.Role, ...] = (m.Role.ENCODE,)
     capacity = m.Credits(requests=MAX_QUEUED)
 
-    def __init__(self, tools: Tools, lease_directories: Sequence[Path]) -> None:
+    def __init__(self, tools: Tools, reader: LeaseReader) -> None:
         self._tools = tools
-        self._directories = lease_directories
+        self._reader = reader
         self._waiting: deque[_Job] = deque()
         self._short: list[_Job] = []
         self._long: list[_Job] = []
         self._news: list[m.AwaitFrames | m.TakeFrames] = []  # of other workers that help with an item
         self._flights: dict[tuple[object, ...], _Job] = {}
         self._known: OrderedDict[tuple[object, ...], Known] = OrderedDict()
+        self._planned = 0  # what they weigh
+        self._done: Counter[str] = Counter()
+        self._told: m.WorkCounted | None = None
+        self._told_at = 0.0
+        self._was_busy = False
         self._is_long_first = False
         self._budget = CROPS_PER_BATCH[tools.vision.newline.device.type]
 
@@ -105,7 +112,24 @@ class EncodeHandler:
         if batch:
             self._look(batch)
         self._is_long_first = not self._is_long_first
-        return bool(self._waiting) or any(map(_has_work, [*self._short, *self._long]))
+        is_busy = bool(self._waiting) or any(map(_has_work, [*self._short, *self._long]))
+        if (self._was_busy and not is_busy) or time.monotonic() - self._told_at >= COUNT_S:
+            self._tell_counts()
+        self._was_busy = is_busy
+        return is_busy
+
+    def _tell_counts(self) -> None:
+        """Say what was done and what is held, where that has changed."""
+        self._told_at = time.monotonic()
+        decoded, decoding = self._tools.sandbox.counts()
+        cached, held = self._tools.cache.counts()
+        open_jobs = len(self._short) + len(self._long)
+        followers = sum(len(job.followers) for job in (*self._short, *self._long))
+        now = {"items_waiting": len(self._waiting) + followers, "items_open": open_jobs, **decoding, **held}
+        counted = m.WorkCounted(totals={**self._done, **decoded, **cached}, now=now)
+        if counted != self._told:
+            self._told = counted
+            self._tools.reporter.emit(counted)
 
     # help from others
 
@@ -122,7 +146,7 @@ class EncodeHandler:
                 if isinstance(news, m.AwaitFrames):
                     work.leave(news.positions)
                 else:
-                    work.arrive(news.frames, self._directories)
+                    work.arrive(news.frames, self._reader)
             except Exception as error:  # one item must not end the worker; it is logged and answered
                 self._fail(job, error)
                 continue
@@ -153,7 +177,12 @@ class EncodeHandler:
             self._fail(job, error)
             return
         is_short = command.media.modality == "image" or job.work.crops <= SHORT_CROPS
-        (self._short if is_short else self._long).append(job)
+        lane = self._short if is_short else self._long
+        lane.append(job)
+        if isinstance(job.work, ImageWork | VideoWork):
+            self._done["items_encoded" if job.work.crops else "items_cached"] += 1
+        if isinstance(job.work, VideoWork) and len(lane) > MAX_AHEAD:
+            job.work.set_aside()
 
     def _plan(self, media: MediaRef) -> Known:
         """The item's plan, demuxed at most once while it is remembered."""
@@ -161,15 +190,17 @@ class EncodeHandler:
         known = self._known.get(name)
         if known is None:
             known = self._known[name] = Known(self._tools.sandbox.plan(media))
-            if len(self._known) > MAX_PLANS:
-                self._known.popitem(last=False)
+            self._planned += PLAN_COST + known.plan.num_frames
+            while self._planned > MAX_PLANNED and len(self._known) > 1:
+                _, forgotten = self._known.popitem(last=False)
+                self._planned -= PLAN_COST + forgotten.plan.num_frames
         self._known.move_to_end(name)
         return known
 
     # the tower
 
     def _batch(self) -> list[_Job]:
-        """Jobs with pixels for the tower, as many as fit. Waits for a decoder only for want of others."""
+        """Jobs with pixels for the tower, as many as fit. Waits for a decoder only when there are none."""
         batch: list[_Job] = []
         left = self._budget
         decoding = list(filter(_has_work, self._long))[:MAX_AHEAD]
@@ -177,7 +208,9 @@ class EncodeHandler:
         jobs = [*decoding, *short] if self._is_long_first else [*short, *decoding]
         ready = [job for job in jobs if job.pixels is not None or self._is_ready(job)]
         alive = [job for job in jobs if self._flights.get(job.flight) is job]  # asking may have ended one
-        for job in ready or alive[:1]:
+        if alive and not ready:
+            self._wait(alive[0])
+        for job in ready:
             if job.pixels is None:
                 self._advance(job)
             if job.pixels is not None and (len(job.pixels) <= left or not batch):
@@ -194,6 +227,10 @@ class EncodeHandler:
         except Exception as error:  # one item must not end the worker; it is logged and answered
             self._fail(job, error)
             return False
+
+    def _wait(self, job: _Job) -> None:
+        self._tools.reporter.announce((job.command.request_id,), STEP_BOUND_S)
+        _work(job).wait()
 
     def _advance(self, job: _Job) -> None:
         """Get a job's next pixels; without any it is over."""
@@ -217,6 +254,7 @@ class EncodeHandler:
                 self._fail(job, error)
             return
         spent_ms = (time.perf_counter() - started_at) * 1e3
+        self._done["crops_encoded"] += len(features.saliency)
         first = 0
         for job, crops in zip(batch, map(len, pixels), strict=True):
             _work(job).clock.add("encode", spent_ms * crops / len(features.saliency))
@@ -261,13 +299,17 @@ def _work(job: _Job) -> ItemWork:
 def _open_item(command: m.EncodeMedia, known: Known, tools: Tools, clock: Clock) -> ItemWork:
     """Begin an item, and say what is to be expected of it."""
     work: ImageWork | VideoWork
+    lasting, frame_rows = None, 0
     if command.media.modality == "image":
         work = ImageWork(command, known, tools, clock)
         bound = work.tokens
         missing: tuple[int, ...] = ()
     else:
         work = VideoWork(command, known, tools, clock)
-        bound = pruner_of(command.methods).plan(known.plan.num_frames, tools.geometry.frame_tokens) + 1
+        pruner, frames = work.pruner, known.plan.num_frames
+        bound = pruner.plan(frames, tools.geometry.frame_tokens) + 1
+        if isinstance(pruner, SemanticCarriers):
+            lasting, frame_rows = pruner.lasting(frames) + 1, tools.geometry.frame_tokens
         missing = tuple(sorted(work.missing))
     tools.reporter.emit(
         m.MediaPlanned(
@@ -275,6 +317,8 @@ def _open_item(command: m.EncodeMedia, known: Known, tools: Tools, clock: Clock)
             attempt=command.attempt,
             item=command.item,
             keep_bound=bound,
+            lasting_bound=lasting,
+            frame_rows=frame_rows,
             missing=missing,
         )
     )

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -22,7 +20,7 @@ from mmserve.kv.base import DEFAULT_BUDGET, load_policy
 from mmserve.kv.table import OutOfPages
 from mmserve.request import FinishReason
 from mmserve.sampling import Logprob, SamplingParams
-from mmserve.transfer import LeaseStore
+from mmserve.transfer import LeaseReader, LeaseStore
 from mmserve.workers.handoff import open_kv, publish_kv
 from mmserve.workers.loop import Reporter, failed
 from mmserve.workers.prompts import GrowingPrompt
@@ -45,7 +43,7 @@ class LanguageHandler:
         media_tokens: tuple[int, int],
         eos_tokens: tuple[int, ...],
         leases: LeaseStore,
-        lease_directories: Sequence[Path],
+        reader: LeaseReader,
         reporter: Reporter,
         token_budget: int,
     ) -> None:
@@ -54,7 +52,7 @@ class LanguageHandler:
         self._media_tokens = media_tokens
         self._eos_tokens = eos_tokens
         self._leases = leases
-        self._lease_directories = lease_directories
+        self._reader = reader
         self._reporter = reporter
         self._token_budget = token_budget
         self._commands: list[tuple[Command, float]] = []
@@ -74,7 +72,8 @@ class LanguageHandler:
 
     def credits(self) -> m.Credits:
         table, sequences = self._runner.table, self._sequences
-        promised = sum(table.pages_for(slots_of(command)) for command, _ in self._commands)
+        budget = self._token_budget
+        promised = sum(table.pages_for(slots_of(command, budget)) for command, _ in self._commands)
         promised += sequences.promised_pages()
         coming = sum(not isinstance(command, m.ExtendPrompt) for command, _ in self._commands)
         places = MAX_RUNNING - coming - len(sequences)
@@ -107,9 +106,11 @@ class LanguageHandler:
                 arrived=sequences.arrive(),
                 received_at=received_at,
                 media_tokens=self._media_tokens,
-                directories=self._lease_directories,
+                num_layers=table.layers,
+                step_rows=self._token_budget,
+                reader=self._reader,
             )
-            needed = table.pages_for(prompt.capacity + prompt.headroom)
+            needed = table.pages_for(prompt.slots + prompt.headroom)
             if needed > table.num_pages:
                 raise OutOfPages(f"Expected a prompt of at most {table.num_pages} KV pages, but got {needed}")
             sequences.waiting[command.request_id] = prompt
@@ -139,6 +140,7 @@ class LanguageHandler:
     def _load(self, prefill: Prefill) -> None:
         started_at = time.perf_counter()
         prefill.prompt.load(prefill.rows, self._runner)
+        self._runner.advance(prefill.prompt.command.request_id)
         now = time.perf_counter()
         prefill.transfer_ms += (now - started_at) * 1e3
         if prefill.stalled_at is None:
@@ -151,10 +153,11 @@ class LanguageHandler:
     def _import(self) -> None:
         """Take in KV that was prefilled elsewhere, in turn, as long as its pages are there."""
         for command in self._sequences.imports_in_turn():
+            self._reporter.announce((command.request_id,), STEP_BOUND_S)
             try:
                 assert command.lease is not None, "what is imported lies in a lease"
                 headroom = m.answer_slots(command.sampling, len(command.tokens))
-                export = open_kv(command.lease, self._lease_directories)
+                export = open_kv(command.lease, self._reader)
                 self._runner.import_(command.request_id, export, headroom)
             except Exception as error:  # a bad lease must not end the worker; it is logged and answered
                 self._fail(command, error, "reading its KV")
@@ -168,6 +171,7 @@ class LanguageHandler:
         sequences = self._sequences
         while self._commands:
             command, received_at = self._commands.pop(0)
+            self._reporter.announce((command.request_id,), STEP_BOUND_S)
             try:
                 self._read(command, received_at)
             except Exception as error:  # a bad request must not end the worker; it is logged and answered
@@ -219,6 +223,7 @@ class LanguageHandler:
     def _admit(self, prompt: GrowingPrompt) -> bool:
         name = prompt.command.request_id
         started_at = time.perf_counter()
+        self._reporter.announce((name,), STEP_BOUND_S)
         try:
             rows = prompt.begin(self._runner)
             self._runner.add(
@@ -228,6 +233,7 @@ class LanguageHandler:
                 identity=prompt.identity,
                 most_cached=prompt.most_cached,
             )
+            self._runner.advance(name)
         except OutOfPages:  # another one was admitted with pages this one counted on: it waits on
             self._runner.release(name)
             self._sequences.waiting[name] = prompt
@@ -267,12 +273,13 @@ class LanguageHandler:
         now = time.perf_counter()
         for name in (chunk.sequence for chunk in plan.chunks if chunk.sequence in sequences.prefills):
             prefill = sequences.prefills[name]
-            if name not in chosen:
+            try:
+                if name in chosen:
+                    self._finish_prompt(prefill, *chosen[name])
+                    continue
+                self._runner.advance(name)
                 if prefill.rows.done == prefill.rows.ready:
                     prefill.stalled_at = now
-                continue
-            try:
-                self._finish_prompt(prefill, *chosen[name])
             except OutOfPages:  # to compress its KV takes some more, for a moment
                 self._preempt(name)
             except Exception as error:
@@ -347,16 +354,11 @@ class LanguageHandler:
         command, runner, prompt = prefill.prompt.command, self._runner, prefill.prompt
         name = command.request_id
         first = None if command.forced else self._sampled(command, 0, token, logprobs, command.sampling)
-        before = runner.kv_bytes(name)
-        runner.remember(name, prompt.identity)
+        before = runner.kv_bytes_of(len(prompt))
+        runner.remember(name, prompt.shared_identity)
         if command.methods.kv != "none":
-            budget = command.methods.kv_budget
-            runner.compress(
-                name,
-                load_policy(command.methods.kv),
-                DEFAULT_BUDGET if budget is None else budget,
-                prompt.identity,
-            )
+            policy, budget = load_policy(command.methods.kv), command.methods.kv_budget
+            runner.compress(name, policy, DEFAULT_BUDGET if budget is None else budget, prompt.identity)
             runner.reserve(name, prompt.headroom)  # was given back with what was evicted
         after, slots = runner.kv_bytes(name), int(runner.table.lengths(name).max())
         runner.finish_prompt(name)
@@ -369,8 +371,7 @@ class LanguageHandler:
         if command.hand_off or is_over:
             runner.release(name)
         else:
-            is_whole = command.methods.kv == "none"
-            identity = prompt.identity if is_whole else None
+            identity = prompt.identity if prompt.is_shared else None
             self._sequences.prefilled[name] = Prefilled(prompt=prompt, identity=identity)
         self._reporter.emit(
             m.PromptPrefilled(
@@ -384,16 +385,12 @@ class LanguageHandler:
                 kv_bytes=after,
                 kv_bytes_uncompressed=before,
                 cached_slots=prefill.rows.cached,
-                prompt_logprobs=_by_token(prefill),
+                visual_layer_mean=prefill.visual_layer_mean,
+                visual_lasting=prompt.visual_lasting,
+                survivors=prefill.survivors,
+                prompt_logprobs=prefill.prompt_logprobs,
                 queue_ms=prefill.queue_ms,
                 transfer_ms=prefill.transfer_ms + (time.perf_counter() - prefilled_at) * 1e3,
                 prefill_ms=(prefilled_at - prefill.started_at) * 1e3 - prefill.stalled_ms,
             )
         )
-
-
-def _by_token(prefill: Prefill) -> tuple[dict[int, Logprob] | None, ...] | None:
-    """One entry per token of the uncompressed prompt; none for the first and for what was pruned."""
-    if not prefill.rows.wants_logits:
-        return None
-    return tuple(prefill.logprobs.get(place) for place in range(prefill.prompt.length))

@@ -13,6 +13,7 @@ from typing import Protocol
 from mmserve import messages as m
 from mmserve.errors import MMServeError, WireError
 from mmserve.queues import Dealer
+from mmserve.transfer import LeaseUnreadable
 from mmserve.wire import Codec
 
 logger = logging.getLogger(__name__)
@@ -123,8 +124,13 @@ def _shared(credits: Sequence[m.Credits]) -> m.Credits:
     )
 
 
-def failed(request_id: str, attempt: int, error: Exception, what: str) -> m.RequestFailed:
-    """The event for a request that cannot go on. Unexpected errors are logged here, not told to clients."""
+def failed(request_id: str, attempt: int, error: Exception, what: str) -> m.RequestFailed | m.LeaseLost:
+    """The event for a request that cannot go on, or not before what it waited for is made again.
+
+    Unexpected errors are logged here, not told to clients.
+    """
+    if isinstance(error, LeaseUnreadable):
+        return m.LeaseLost(request_id=request_id, attempt=attempt, lease_id=error.lease_id)
     if not isinstance(error, MMServeError):
         logger.error("request %s: %s failed", request_id, what, exc_info=error)
         error = MMServeError(f"The server could not finish this request: {what} failed")

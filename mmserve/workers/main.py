@@ -10,26 +10,26 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from mmserve.config import EmbeddingTiers
+from mmserve.config import EmbeddingTiers, Transfer
 from mmserve.errors import ConfigError
 from mmserve.log import setup_logging
 from mmserve.media.limits import MediaLimits
-from mmserve.messages import Role
-from mmserve.queues import Dealer
+from mmserve.messages import LeasesEvicted, Role
+from mmserve.queues import CurveKeys, Dealer, Router, tcp_endpoint
 from mmserve.workers.process import receive_config
 
 if TYPE_CHECKING:
     import torch
 
     from mmserve.models.loader import Checkpoint
-    from mmserve.transfer import LeaseStore
+    from mmserve.transfer import LeaseReader, LeaseStore
     from mmserve.workers.loop import Handler, Reporter
 
 
@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 TOKEN_BUDGETS = {"cpu": 512, "cuda": 8192}  # on a CPU, more rows fall out of its caches
 CPU_KV_MEMORY = 1 << 30
 GPU_STEP_MEMORY = 2 << 30  # what a step needs beside weights and pages
+MAX_TOLD = 4096  # lease ids in one message
 CANNOT_START = 3  # exit code: the configuration is wrong, whoever runs it
 
 
@@ -56,6 +57,9 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     embedding_cache_bytes: int = 256 << 20
     embedding_tiers: EmbeddingTiers = EmbeddingTiers()
     page_size: int = 32
+    overlap: bool = True
+    transfer: Transfer = Transfer()
+    keys: CurveKeys | None = None  # of the tcp plane
     limits: MediaLimits = MediaLimits()
 
 
@@ -63,7 +67,6 @@ def run_worker(config: WorkerConfig, should_stop: Callable[[], bool]) -> None:
     """Load what the roles need and serve until `should_stop`; everything is released on return."""
     from mmserve.kernels import native
     from mmserve.models.loader import load_checkpoint, weights_revision
-    from mmserve.transfer import LeaseStore
     from mmserve.workers.loop import WorkerLoop
 
     checkpoint = load_checkpoint(config.model, config.dtype, _device())
@@ -71,18 +74,41 @@ def run_worker(config: WorkerConfig, should_stop: Callable[[], bool]) -> None:
         native.load_all()
     directories = tuple(map(Path, config.directories))
     with ExitStack() as stack:
-        dealer = stack.enter_context(Dealer(config.endpoint, config.name.encode()))
-        leases = stack.enter_context(LeaseStore(directories))
+        dealer = stack.enter_context(Dealer(config.endpoint, config.name.encode(), config.keys))
+        leases, reader = _open_plane(config, directories, stack)
         revision = weights_revision(checkpoint.path)
         loop = WorkerLoop(dealer, revision, os.getpid())
         handlers: list[Handler] = []
         if Role.ENCODE in config.roles:
-            handlers.append(_encode_handler(config, checkpoint, revision, leases, loop, stack))
+            handlers.append(_encode_handler(config, checkpoint, revision, leases, reader, loop, stack))
         language = tuple(role for role in config.roles if role is not Role.ENCODE)
         if language:
-            handlers.append(_language_handler(config, checkpoint, leases, loop, language))
-        loop.run(handlers, should_stop, leases.sweep)
+            handlers.append(_language_handler(config, checkpoint, leases, reader, loop, language))
+        loop.run(handlers, should_stop, lambda: _evict(leases, loop))
         dealer.flush(1.0)
+
+
+def _open_plane(
+    config: WorkerConfig, directories: Sequence[Path], stack: ExitStack
+) -> tuple[LeaseStore, LeaseReader]:
+    """What this worker publishes with, and what it reads others' with."""
+    from mmserve.frames import FrameReader, FrameServer
+    from mmserve.transfer import LeaseStore, MappedLeases
+
+    ttl_s = config.transfer.lease_ttl_s
+    if config.keys is None:
+        return stack.enter_context(LeaseStore(directories, ttl_s=ttl_s)), MappedLeases(directories)
+    router = Router(tcp_endpoint(config.transfer.address), config.keys)
+    leases = stack.enter_context(LeaseStore(directories, ttl_s=ttl_s, endpoint=router.endpoint))
+    stack.enter_context(FrameServer(leases, router))
+    return leases, stack.enter_context(FrameReader(config.keys))
+
+
+def _evict(leases: LeaseStore, reporter: Reporter) -> None:
+    """Give up what nobody has read in time, and say so."""
+    evicted = tuple(leases.sweep())
+    for start in range(0, len(evicted), MAX_TOLD):
+        reporter.emit(LeasesEvicted(lease_ids=evicted[start : start + MAX_TOLD]))
 
 
 def _encode_handler(
@@ -90,6 +116,7 @@ def _encode_handler(
     checkpoint: Checkpoint,
     revision: str,
     leases: LeaseStore,
+    reader: LeaseReader,
     reporter: Reporter,
     stack: ExitStack,
 ) -> Handler:
@@ -115,14 +142,17 @@ def _encode_handler(
         cache=cache,
         leases=leases,
         reporter=reporter,
+        overlap=config.overlap,
+        wire_dtype=config.transfer.wire_dtype,
     )
-    return EncodeHandler(tools, tuple(map(Path, config.directories)))
+    return EncodeHandler(tools, reader)
 
 
 def _language_handler(
     config: WorkerConfig,
     checkpoint: Checkpoint,
     leases: LeaseStore,
+    reader: LeaseReader,
     reporter: Reporter,
     roles: tuple[Role, ...],
 ) -> Handler:
@@ -157,7 +187,7 @@ def _language_handler(
         media_tokens=(chat.image_token, chat.video_token),
         eos_tokens=chat.eos_tokens,
         leases=leases,
-        lease_directories=tuple(map(Path, config.directories)),
+        reader=reader,
         reporter=reporter,
         token_budget=config.max_num_batched_tokens or TOKEN_BUDGETS[device.type],
     )

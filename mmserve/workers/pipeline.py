@@ -18,7 +18,7 @@ from typing import TypeVar
 from mmserve import messages as m
 from mmserve.errors import MMServeError, TooLarge, Unavailable, WireError
 from mmserve.messages import Role
-from mmserve.queues import Router
+from mmserve.queues import CurveKeys, Router
 from mmserve.request import Prompt
 from mmserve.transfer import unlink_lease
 from mmserve.wire import Codec
@@ -40,9 +40,15 @@ class Pipeline:
     """
 
     def __init__(
-        self, endpoint: str, directories: Sequence[Path], *, max_active: int, deadline_s: float
+        self,
+        endpoint: str,
+        directories: Sequence[Path],
+        *,
+        max_active: int,
+        deadline_s: float,
+        keys: CurveKeys | None = None,
     ) -> None:
-        self._router = Router(endpoint)
+        self._router = Router(endpoint, keys)
         self._directories = directories
         self.endpoint = self._router.endpoint
         self._dispatcher = Dispatcher(clock=time.monotonic, max_active=max_active, deadline_s=deadline_s)
@@ -94,9 +100,24 @@ class Pipeline:
             )
         )
 
+    def work_counts(self) -> tuple[dict[str, int], dict[str, int]]:
+        """What the encode workers have done since the start, and what they hold now."""
+        return self._call(self._dispatcher.work_counts)
+
     def worker_pids(self) -> dict[str, int]:
         """Process ids of the live workers by name (role-slot-generation)."""
         return self._call(lambda: {worker.name: worker.pid for worker in self._dispatcher.workers.values()})
+
+    @property
+    def is_full(self) -> bool:
+        """Whether `admit` would refuse just now; costs nothing to ask."""
+        return len(self._dispatcher.records) >= self._dispatcher.max_active
+
+    @property
+    def without_token(self) -> int:
+        """Requests that wait for their first token, their media being here; costs little to ask."""
+        records = list(self._dispatcher.records.values())  # at once: the thread goes on
+        return sum(record.prompt is not None and record.first_token_at is None for record in records)
 
     @property
     def is_ready(self) -> bool:

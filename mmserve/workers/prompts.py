@@ -8,8 +8,6 @@ Knows nothing about scheduling or steps.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,14 +15,20 @@ import torch
 from numpy.typing import NDArray
 
 from mmserve import messages as m
-from mmserve.engine.runner import PromptRows, Runner, most_cached, rows_ready
+from mmserve.engine.groups import LayerGroups
+from mmserve.engine.rows import PromptRows, first_visual, most_cached, row_after, rows_ready
+from mmserve.engine.runner import Runner
 from mmserve.errors import BadRequest, WireError
 from mmserve.kv.identity import KEY_BYTES, WORDS, Identity, identity_rows
-from mmserve.models.layout import Rows, Walk, positions
+from mmserve.methods import inner_part
+from mmserve.models.layout import Rows, Walk
+from mmserve.pruning.carriers import FOREVER
+from mmserve.pruning.inner import InnerReducer, make_reducer
 from mmserve.request import Methods
-from mmserve.tensors import tensors_of
-from mmserve.transfer import open_lease
+from mmserve.transfer import LeaseReader
 from mmserve.wire import Array
+from mmserve.workers.handoff import columns_of, open_embeddings
+from mmserve.workers.lasting import lasting_of, most_slots
 
 MAX_PROMPT_LOGPROBS = 1 << 14  # reported candidates of a prompt: they travel in one message
 
@@ -48,7 +52,7 @@ class _Item:
 class GrowingPrompt:
     """A prompt from its beginning to the first part that is missing.
 
-    `arrived` numbers the commands of this worker.
+    `arrived` numbers the commands of this worker, `step_rows` is how many rows it runs in a step at most.
     """
 
     def __init__(
@@ -58,13 +62,15 @@ class GrowingPrompt:
         arrived: int,
         received_at: float,
         media_tokens: tuple[int, int],
-        directories: Sequence[Path],
+        num_layers: int,
+        step_rows: int,
+        reader: LeaseReader,
     ) -> None:
         """Lay out what is there; raises what is wrong with it."""
         self.command = command
         self.arrived = arrived
         self.received_at = received_at
-        self._directories = directories
+        self._reader = reader
         self._walk = Walk(command.token_ids, len(command.items), media_tokens)
         self._items = [_Item(item) for item in command.items]
         # most rows that it can have
@@ -73,11 +79,19 @@ class GrowingPrompt:
         )
         if self.capacity <= 0:
             raise BadRequest("Expected a prompt of at least one token, but it is empty")
+        self.slots = most_slots(command, step_rows)
+        self._lasting = lasting_of(command.methods, self.capacity)
         self._token_ids = np.empty(self.capacity, np.int64)
         self._order = np.empty(self.capacity, np.int32)
         self._position = np.empty(self.capacity, np.int32)
         self._is_visual = np.empty(self.capacity, np.bool_)
+        self._is_fixed = np.zeros(self.capacity, np.bool_)  # a newline that ends an item, or of a guarded one
         self._identity = np.empty((self.capacity, WORDS), np.uint64)
+        self.reducer = _reducer(command, num_layers)
+        acting = () if self.reducer is None else self.reducer.layers(num_layers)
+        self._acts_on_embeddings = acting[:1] == (0,)
+        self._acts_between_layers = acting[-1:] > (0,)
+        self._check_inner()
         self._known: Identity | None = None  # of the rows so far: it remembers its hashes
         self._pieces: list[_Piece] = []
         self._loaded = 0  # pieces whose embeddings were read
@@ -116,6 +130,16 @@ class GrowingPrompt:
         return self._is_visual[: self._rows]
 
     @property
+    def until(self) -> NDArray[np.int32] | None:
+        """The first order that does not see a row, of every row; None where all are seen for ever."""
+        return None if self._lasting is None else self._lasting.until[: self._rows]
+
+    @property
+    def visual_lasting(self) -> int | None:
+        """How many visual rows last; None where all do."""
+        return None if self.until is None else int((self.is_visual & (self.until == FOREVER)).sum())
+
+    @property
     def headroom(self) -> int:
         """Slots for the answer that are taken with those of the prompt, so that they lie behind them."""
         command = self.command
@@ -124,20 +148,39 @@ class GrowingPrompt:
     @property
     def ready(self) -> int:
         """How many leading rows may be run now."""
+        if self._acts_on_embeddings and not self.is_whole:
+            return 0
         return rows_ready(len(self), is_whole=self.is_whole, is_observed=self.is_observed)
 
     @property
     def most_cached(self) -> int:
-        """How many leading rows may come from the prefix cache."""
+        """How many leading slots may come from the prefix cache."""
         if self.wants_logits:
             return 0
-        if not self.is_whole:
-            return self.ready
-        return most_cached(self.is_visual, is_observed=self.is_observed)
+        most = self.ready
+        if self.is_whole:
+            most = most_cached(self.is_visual, is_observed=self.is_observed)
+        # an inner method lets the KV of what follows depend on the question, and needs its hidden states
+        most = min(most, first_visual(self.is_visual)) if self._shares_text_only else most
+        return most if self.until is None else int((self.until[:most] == FOREVER).sum())
+
+    def row_after(self, slots: int) -> int:
+        """The row at which it begins when so many slots are cached."""
+        return row_after(slots, self.until)
 
     @property
     def is_observed(self) -> bool:
-        return self.command.methods.kv != "none"
+        return self._acts_between_layers or self.command.methods.kv != "none"
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the KV of an answer to it may be another prompt's beginning."""
+        return not self._shares_text_only and self.command.methods.kv == "none"
+
+    @property
+    def _shares_text_only(self) -> bool:
+        """Whether only what stands before the first item has the KV of every prompt that begins so."""
+        return self.reducer is not None or (self._lasting is not None and self._lasting.is_limited)
 
     @property
     def wants_logits(self) -> bool:
@@ -145,11 +188,22 @@ class GrowingPrompt:
 
     @property
     def identity(self) -> Identity:
-        """What every row holds."""
+        """What every lasting row holds."""
         if self._known is None:
             salt, settings = self.command.salt.encode(), _settings(self.command.methods)
-            self._known = Identity(salt, settings, self._identity[: self._rows])
+            rows = self._identity[: self._rows]
+            self._known = Identity(
+                salt, settings, rows if self.until is None else rows[self.until == FOREVER]
+            )
         return self._known
+
+    @property
+    def shared_identity(self) -> Identity:
+        """What the rows hold whose KV other prompts may take over."""
+        known = self.identity
+        if not self._shares_text_only:
+            return known
+        return Identity(known.salt, known.settings, known.rows[: first_visual(self.is_visual)])
 
     # growing
 
@@ -169,6 +223,7 @@ class GrowingPrompt:
                 self._add_part(item.parts.popleft())
             if not item.is_whole:
                 return
+            self._is_fixed[self._rows - 1] = True
             walk.leave_item()
             self._add_text()
         self._check_logprobs()
@@ -179,9 +234,17 @@ class GrowingPrompt:
             self._add(rows, rows.token_ids, np.zeros((len(rows), KEY_BYTES), np.uint8), None)
 
     def _add_part(self, part: m.EncodedPart) -> None:
-        arrays = open_lease(part.lease, self._directories)
+        arrays = self._reader.open(part.lease, columns_of(part.lease))
         rows = self._walk.part(part.tokens, _column(arrays, "source"))
+        if self._lasting is not None:
+            self._lasting.add(
+                self._rows,
+                rows.order,
+                _column(arrays, "frame"),
+                lambda: open_embeddings(part.lease, self._reader, torch.empty(0)),
+            )
         self._add(rows, _column(arrays, "index"), arrays["key"].astype(np.uint8, copy=False), part.lease)
+        self._is_fixed[self._rows - len(rows) : self._rows] = part.guarded
 
     def _add(
         self, rows: Rows, held: NDArray[np.integer[Any]], keys: NDArray[np.uint8], lease: m.Lease | None
@@ -192,13 +255,22 @@ class GrowingPrompt:
         here = slice(start, stop)
         self._token_ids[here] = rows.token_ids
         self._order[here] = rows.order
-        self._position[here] = positions(start, len(rows))
+        # survivors and what follows keep their places: where and when a token was is in its position
+        self._position[here] = rows.order
         self._is_visual[here] = rows.is_visual
         self._identity[here] = identity_rows(
             held=held, keys=keys, order=self._order[here], position=self._position[here]
         )
         self._pieces.append(_Piece(start, stop, lease))
         self._rows, self._known = stop, None
+
+    def _check_inner(self) -> None:
+        asked = self.command.sampling.prompt_logprobs
+        if asked is not None and self.reducer is not None:
+            raise BadRequest(
+                f"Expected no prompt_logprobs with prune {self.command.methods.prune}, but got {asked}: "
+                "not every token passes all layers"
+            )
 
     def _check_logprobs(self) -> None:
         asked = self.command.sampling.prompt_logprobs
@@ -214,11 +286,15 @@ class GrowingPrompt:
     def begin(self, runner: Runner) -> PromptRows:
         """What the runner runs, as far as it is there. Begun again where there were no pages for it."""
         self._loaded = 0
+        layers = runner.table.layers
+        groups = None if self.reducer is None else LayerGroups.of(self.reducer, layers)
         rows = PromptRows(
             embeddings=runner.new_rows(self.capacity),
             order=self.order,
             position=self.position,
             is_visual=self.is_visual,
+            most_slots=self.slots,
+            groups=groups,
             is_whole=False,
             is_observed=self.is_observed,
             wants_logits=self.wants_logits,
@@ -233,11 +309,21 @@ class GrowingPrompt:
             if lease is None:
                 rows.embeddings[start:stop] = runner.embed(self._token_ids[start:stop])
             else:
-                arrays = open_lease(lease, self._directories)
-                rows.embeddings[start:stop] = tensors_of(lease, arrays)["embeddings"].to(rows.embeddings)
+                rows.embeddings[start:stop] = open_embeddings(lease, self._reader, rows.embeddings)
         self._loaded = len(self._pieces)
         rows.order, rows.position, rows.is_visual = self.order, self.position, self.is_visual
+        rows.until = self.until
+        rows.is_reducible = self.is_visual & ~self._is_fixed[: self._rows]
         rows.is_whole = self.is_whole
+
+
+def _reducer(command: m.PrefillPrompt, num_layers: int) -> InnerReducer | None:
+    """The method that acts inside the model, where there is anything to act on."""
+    inner = inner_part(command.methods)
+    if inner is None or not command.items:
+        return None
+    reducer = make_reducer(inner.name, inner.keep, **inner.options)
+    return reducer if reducer.layers(num_layers) else None
 
 
 def _column(arrays: dict[str, Array], name: str) -> NDArray[np.int32]:
@@ -245,5 +331,6 @@ def _column(arrays: dict[str, Array], name: str) -> NDArray[np.int32]:
 
 
 def _settings(methods: Methods) -> bytes:
-    """Everything that changes the KV of a prompt before a KV policy acts."""
-    return f"{methods.prune} {methods.keep} {methods.attention} {methods.kv_dtype}".encode()
+    """What changes the KV of a prompt before a KV policy acts, but for what the keys of its media tell."""
+    pruning = f"{methods.prune} {inner_part(methods)} {sorted(methods.prune_options.items())}"
+    return f"{pruning} {methods.attention} {methods.kv_dtype}".encode()

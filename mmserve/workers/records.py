@@ -21,6 +21,7 @@ from mmserve.messages import (
 from mmserve.request import FinishReason, MediaReport, Prompt, Timings, Usage
 from mmserve.sampling import Logprob
 
+MAX_LOSSES = 3  # without progress: what a request waits for is made again at most so many times
 MAX_DEATHS = 3  # without progress, then a request is poison even when only SIGKILL was seen
 
 
@@ -45,6 +46,8 @@ class Item:
 
     worker: str | None = None  # who encodes it now
     keep_bound: int | None = None  # most tokens it can end up with, once planned
+    lasting_bound: int | None = None  # of these, most whose KV stays, where a method drops some
+    frame_rows: int = 0  # that such a method drops together
     helpers: dict[str, set[int]] = field(default_factory=dict)  # by worker: frames it still encodes
     lent: list[Lease] = field(default_factory=list)  # what they have sent to its worker
     parts: list[EncodedPart] = field(default_factory=list)
@@ -71,11 +74,22 @@ class Item:
         return self.keep_bound
 
     @property
+    def most_lasting(self) -> int:
+        """Of a planned item, how many KV slots to count with when its prefill is over."""
+        return self.most_kept if self.lasting_bound is None else min(self.lasting_bound, self.most_kept)
+
+    @property
     def report(self) -> MediaReport | None:
         return None if self.whole is None else self.whole.report
 
     def for_prefill(self) -> PromptItem:
-        return PromptItem(parts=tuple(self.parts), is_whole=self.is_whole, keep_bound=self.most_kept)
+        return PromptItem(
+            parts=tuple(self.parts),
+            is_whole=self.is_whole,
+            keep_bound=self.most_kept,
+            lasting_bound=self.lasting_bound,
+            frame_rows=self.frame_rows,
+        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -98,6 +112,7 @@ class Record:
     tokens: list[Sampled] = field(default_factory=list)
     is_suspect: bool = False  # was in a step that died: runs alone from now on
     deaths_without_progress: int = 0
+    losses_without_progress: int = 0
     fetch_ms: float = 0.0
     waited_ms: float = 0.0  # for credits, over all stages until the first token
     first_token_at: float | None = None
@@ -125,13 +140,24 @@ class Record:
         return all(item.is_whole for item in self.items)
 
     @property
+    def leases(self) -> list[Lease]:
+        """What was published for it and is not released."""
+        kv = [] if self.kv_lease is None else [self.kv_lease]
+        return [part.lease for item in self.items for part in item.parts] + kv
+
+    @property
     def prompt_slots(self) -> int:
-        """Slots per head that its prompt takes at most, once its items are planned."""
-        return sum(item.most_kept for item in self.items) + self.text_slots
+        """Slots per head that its prompt takes at most, once its items are planned and it is prefilled."""
+        return sum(item.most_lasting for item in self.items) + self.text_slots
 
     @property
     def text_slots(self) -> int:
         return len(self.submitted.token_ids) - len(self.submitted.media)
+
+    @property
+    def visual_kept(self) -> int:
+        lasting = self.prefilled.visual_lasting if self.prefilled else None
+        return sum(item.kept for item in self.items) if lasting is None else lasting
 
     @property
     def prompt_logprobs(self) -> tuple[dict[int, Logprob] | None, ...] | None:
@@ -165,7 +191,8 @@ class Record:
             completion_tokens=len(self.tokens),
             cached_tokens=self.prefilled.cached_slots if self.prefilled else 0,
             visual_tokens=visual,
-            visual_tokens_kept=sum(item.kept for item in self.items),
+            visual_tokens_kept=self.visual_kept,
+            visual_tokens_layer_mean=self.prefilled.visual_layer_mean if self.prefilled else 0.0,
             visual_tokens_cached=sum(item.whole.cached_tokens for item in self.items if item.whole),
             kv_bytes=self.prefilled.kv_bytes if self.prefilled else 0,
             kv_bytes_uncompressed=self.prefilled.kv_bytes_uncompressed if self.prefilled else 0,

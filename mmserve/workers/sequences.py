@@ -11,12 +11,16 @@ from itertools import count
 import numpy as np
 
 from mmserve import messages as m
-from mmserve.engine.runner import DecodeRow, PromptRows, Runner
+from mmserve.engine.rows import DecodeRow, PromptRows
+from mmserve.engine.runner import Runner
 from mmserve.engine.sampler import Row
 from mmserve.engine.scheduler import Decoding, EngineState, Prefilling, Waiting
 from mmserve.kv.identity import Identity
+from mmserve.pruning.carriers import FOREVER
 from mmserve.sampling import Logprob
+from mmserve.workers.lasting import most_slots
 from mmserve.workers.prompts import GrowingPrompt
+from mmserve.workers.survivors import MAX_REPORTED
 
 MAX_RUNNING = 64
 
@@ -34,6 +38,28 @@ class Prefill:
     stalled_ms: float = 0.0  # or reads what has come
     # by index in the uncompressed prompt, when asked for
     logprobs: dict[int, dict[int, Logprob]] = field(default_factory=dict)
+
+    @property
+    def prompt_logprobs(self) -> tuple[dict[int, Logprob] | None, ...] | None:
+        """One entry per token of the uncompressed prompt; none for the first and for what was pruned."""
+        if not self.rows.wants_logits:
+            return None
+        return tuple(self.logprobs.get(place) for place in range(self.prompt.length))
+
+    @property
+    def visual_layer_mean(self) -> float:
+        """Visual rows of a finished prompt in a layer, mean over layers."""
+        groups = self.rows.groups
+        return float(self.prompt.is_visual.sum()) if groups is None else groups.visual_layer_mean
+
+    @property
+    def survivors(self) -> bytes | None:
+        """Orders of the visual rows of a finished prompt that all layers have; None where nobody asks."""
+        rows = self.rows
+        if not self.prompt.command.report_tokens or len(rows) > MAX_REPORTED:
+            return None
+        is_there = rows.is_visual if rows.until is None else rows.is_visual & (rows.until == FOREVER)
+        return rows.order[is_there].astype("<i4").tobytes()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -113,7 +139,7 @@ class Sequences:
         left = self._runner.available_pages - sum(table.missing_pages(name, 1) for name in self.decodes)
         turn = []
         for command in sorted(self.imports.values(), key=lambda command: command.priority):
-            left -= table.pages_for(slots_of(command))
+            left -= table.pages_for(import_slots(command))
             if left < 0:
                 break
             turn.append(command)
@@ -122,8 +148,8 @@ class Sequences:
     def promised_pages(self) -> int:
         """What those that have no pages yet will take."""
         table = self._runner.table
-        prompts = sum(table.pages_for(prompt.capacity + prompt.headroom) for prompt in self.waiting.values())
-        return prompts + sum(table.pages_for(slots_of(command)) for command in self.imports.values())
+        prompts = sum(table.pages_for(prompt.slots + prompt.headroom) for prompt in self.waiting.values())
+        return prompts + sum(table.pages_for(import_slots(command)) for command in self.imports.values())
 
     def state(self, token_budget: int) -> EngineState:
         """What the scheduler decides on."""
@@ -131,8 +157,11 @@ class Sequences:
         return EngineState(
             waiting=tuple(self._not_held_back()),
             prefilling=(
-                *(self._admitted(name, one.prompt, one.rows.done) for name, one in self.prefills.items()),
-                *(self._admitted(name, one.prompt, one.prompt.ready) for name, one in self.prefilled.items()),
+                *(
+                    self._admitted(name, one.prompt, one.rows.done, one.rows.ready)
+                    for name, one in self.prefills.items()
+                ),
+                *(self._admitted(name, one.prompt, 0, 0) for name, one in self.prefilled.items()),
             ),
             decoding=tuple(
                 Decoding(
@@ -149,13 +178,13 @@ class Sequences:
             token_budget=token_budget,
         )
 
-    def _admitted(self, name: str, prompt: GrowingPrompt, done: int) -> Prefilling:
+    def _admitted(self, name: str, prompt: GrowingPrompt, done: int, ready: int) -> Prefilling:
         return Prefilling(
             sequence=name,
             priority=prompt.command.priority,
             arrived=prompt.arrived,
             done=done,
-            ready=prompt.ready,
+            ready=ready,
             pages=self._runner.pages_freed_by(name),
         )
 
@@ -168,17 +197,18 @@ class Sequences:
             cached, busy = self._runner.cached(prompt.identity, prompt.most_cached)
             if any(self._is_worth_waiting_for(prompt, cached, *other) for other in ahead):
                 continue
-            if not prompt.is_whole and prompt.ready - cached < self._runner.table.page_size:
+            done = prompt.row_after(cached)
+            if not prompt.is_whole and prompt.ready - done < self._runner.table.page_size:
                 continue  # nothing to run yet; when it has grown, more of it may be cached
-            ahead.append((prompt, cached))
+            ahead.append((prompt, done))
             going_on.append(
                 Waiting(
                     sequence=name,
                     priority=prompt.command.priority,
                     arrived=prompt.arrived,
-                    done=cached,
+                    done=done,
                     ready=prompt.ready,
-                    pages=self._runner.table.pages_for(prompt.capacity + prompt.headroom) - busy,
+                    pages=self._runner.table.pages_for(prompt.slots + prompt.headroom) - busy,
                 )
             )
         return going_on
@@ -192,7 +222,8 @@ class Sequences:
             return False
         size = self._runner.table.page_size
         shared = min(prompt.identity.common(other.identity), prompt.most_cached) // size * size
-        return shared - cached > (other.capacity - done) // 2
+        saved = prompt.row_after(shared) - prompt.row_after(cached)
+        return saved > (other.capacity - done) // 2
 
     def sampler_row(self, name: str, eos_tokens: tuple[int, ...]) -> Row:
         if name in self.decodes:
@@ -216,12 +247,14 @@ def _turn(prompt: GrowingPrompt) -> tuple[int, int]:
     return prompt.command.priority, prompt.arrived
 
 
-def slots_of(command: m.PrefillPrompt | m.ExtendPrompt | m.DecodeFrom) -> int:
+def slots_of(command: m.PrefillPrompt | m.ExtendPrompt | m.DecodeFrom, step_rows: int) -> int:
     """Slots per head that a command takes at first; a sequence that is here has its pages already."""
     if isinstance(command, m.PrefillPrompt):
-        text = len(command.token_ids) - len(command.items)
-        visual = sum(item.keep_bound for item in command.items)
-        return text + visual + m.answer_slots(command.sampling, len(command.forced))
+        return most_slots(command, step_rows) + m.answer_slots(command.sampling, len(command.forced))
     if isinstance(command, m.ExtendPrompt) or command.lease is None:
         return 0
+    return import_slots(command)
+
+
+def import_slots(command: m.DecodeFrom) -> int:
     return command.slots + m.answer_slots(command.sampling, len(command.tokens))

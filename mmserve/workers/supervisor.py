@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import msgspec
 
@@ -20,7 +21,7 @@ from mmserve.cores import usable_cores
 from mmserve.errors import WireError
 from mmserve.media.limits import MediaLimits
 from mmserve.messages import Role
-from mmserve.queues import Dealer
+from mmserve.queues import CurveKeys, Dealer, free_endpoint, ipc_endpoint, make_keys
 from mmserve.wire import Codec
 from mmserve.workers.dispatcher import SUPERVISOR
 from mmserve.workers.main import CANNOT_START, WorkerConfig
@@ -35,7 +36,16 @@ EVENTS: Codec[m.Upward] = Codec(m.Upward)
 ENCODER_GPU_SHARE = 0.1
 
 
-def worker_configs(config: ServeConfig, endpoint: str, directories: Sequence[str]) -> list[WorkerConfig]:
+def meeting_point(config: ServeConfig, run_directory: Path) -> tuple[str, CurveKeys | None]:
+    """Where the dispatcher will be reached, and the keys that its workers need for that."""
+    if config.transfer.plane == "tcp":
+        return free_endpoint(config.transfer.address), make_keys()
+    return ipc_endpoint(run_directory), None
+
+
+def worker_configs(
+    config: ServeConfig, endpoint: str, directories: Sequence[str], keys: CurveKeys | None = None
+) -> list[WorkerConfig]:
     """One configuration per process of an E|P|D deployment; cores are divided among them."""
     counts = dict(zip(Role, config.epd, strict=True))
     cores = usable_cores()
@@ -54,6 +64,9 @@ def worker_configs(config: ServeConfig, endpoint: str, directories: Sequence[str
             max_num_batched_tokens=config.max_num_batched_tokens,
             embedding_cache_bytes=config.cache.embedding_cache_bytes,
             embedding_tiers=config.cache.embedding_tiers,
+            overlap=config.overlap,
+            transfer=config.transfer,
+            keys=keys,
             limits=MediaLimits.from_config(config.limits, config.video_backend),
         )
         for role, count in counts.items()
@@ -95,11 +108,11 @@ class Supervisor:
         self._slots = [_Slot(config) for config in configs]
         self._give_up = give_up
         self._companions = companions
-        self._endpoint = configs[0].endpoint
+        self._endpoint, self._keys = configs[0].endpoint, configs[0].keys
 
     def run(self, should_stop: Callable[[], bool]) -> None:
         """Call on a thread that outlives the workers: the kernel ends them with it."""
-        with ProcessWatcher() as watcher, Dealer(self._endpoint, SUPERVISOR.encode()) as dealer:
+        with ProcessWatcher() as watcher, self._dealer() as dealer:
             for companion in self._companions:
                 watcher.watch(companion)
             while not should_stop():
@@ -112,6 +125,9 @@ class Supervisor:
                 for frame in dealer.poll(0.0):
                     self._obey(frame)
             watcher.stop_all(STOP_GRACE_S)
+
+    def _dealer(self) -> Dealer:
+        return Dealer(self._endpoint, SUPERVISOR.encode(), self._keys)
 
     def _start_due(self, watcher: ProcessWatcher) -> None:
         for slot in self._slots:

@@ -6,8 +6,8 @@ of a long video to others. Knows nothing about queues or about other items.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,8 +21,11 @@ from mmserve.media.preprocess import video_pixels
 from mmserve.pruning.base import VisualItem, window_frames, windows
 from mmserve.request import MediaRef
 from mmserve.tensors import tensors_of, to_numpy
-from mmserve.transfer import LEASE_TTL_S, open_lease
+from mmserve.transfer import LeaseReader, LeaseUnreadable
+from mmserve.workers import survivors
 from mmserve.workers.items import Clock, Known, Tools, Window, Work, pruner_of
+
+logger = logging.getLogger(__name__)
 
 
 class Frames:
@@ -38,7 +41,11 @@ class Frames:
         self._decoding: Segments | None = None
 
     def is_ready(self) -> bool:
-        return not self.left or self._segments.is_ready()
+        return not self.left or self._segments.is_ready(whole=not self._tools.overlap)
+
+    def wait(self, clock: Clock) -> None:
+        with clock.measure("decode"):
+            self._segments.wait()
 
     @property
     def _segments(self) -> Segments:
@@ -59,6 +66,12 @@ class Frames:
         with clock.measure("preprocess"):
             return video_pixels(decoded.frames, self._tools.preprocessing)
 
+    def change(self, positions: Iterable[int]) -> None:
+        """From now on exactly these are left; what is decoded of them already is not lost."""
+        self.left = set(positions)
+        if self._decoding is not None:
+            self._decoding.change(self.left)
+
     def close(self) -> None:
         if self._decoding is not None:
             self._decoding.close()
@@ -69,7 +82,7 @@ class VideoWork(Work):
 
     def __init__(self, command: m.EncodeMedia, known: Known, tools: Tools, clock: Clock) -> None:
         super().__init__(command, known, tools, clock)
-        found = tools.cache.get_many(self.keys, tokens=tools.geometry.frame_tokens, tenant=command.salt)
+        found = tools.cache.get_many(self.keys, tokens=tools.geometry.frame_tokens, tenant=self.tenant)
         self._rows = {position: found[key] for position, key in enumerate(self.keys) if key in found}
         known.lost -= self._rows.keys()  # another range of the same file may have decoded them
         self.cached_tokens = len(self._rows) * tools.geometry.frame_tokens
@@ -77,14 +90,21 @@ class VideoWork(Work):
         self.crops = len(wanted)
         self.missing = set(wanted)  # neither there nor lost
         self._frames = Frames(command.media, known, wanted, tools)  # that are not left to others
-        self._windows = list(windows(len(self.keys), window_frames(pruner_of(command.methods))))
+        frames, tokens = known.plan.num_frames, tools.geometry.frame_tokens
+        self.pruner = pruner_of(command.methods, "video", frames, tokens)
+        self.layout = survivors.layout_of(tokens, (tools.geometry.frame_grid,))
+        self._windows = list(windows(len(self.keys), window_frames(self.pruner)))
         self._has_published = not self._rows  # what the cache had
+        self._aside: tuple[int, ...] = ()
 
     def is_idle(self) -> bool:
         return self._has_published and bool(self.missing) and not self._frames.left
 
     def is_ready(self) -> bool:
-        return not self._has_published or self._frames.is_ready()
+        return (self.tools.overlap and not self._has_published) or self._frames.is_ready()
+
+    def wait(self) -> None:
+        self._frames.wait(self.clock)
 
     def pixels(self) -> Tensor | None:
         if not self._has_published:
@@ -104,20 +124,22 @@ class VideoWork(Work):
 
     def leave(self, positions: Iterable[int]) -> None:
         """These frames, and no others, are encoded elsewhere."""
-        self._frames.close()
-        looked_at = self._frames.positions  # by the tower, maybe now
-        own = self.missing.difference(positions, looked_at)
-        self._frames = Frames(self.command.media, self.known, own, self.tools)
-        self._frames.positions = looked_at
+        # the tower may be looking at the last ones now
+        self._frames.change(self.missing.difference(positions, self._frames.positions))
 
-    def arrive(self, frames: m.EncodedFrames, directories: Sequence[Path]) -> None:
-        """Frames that were encoded elsewhere; what is here already stays."""
+    def arrive(self, frames: m.EncodedFrames, reader: LeaseReader) -> None:
+        """Frames that were encoded elsewhere: what is here stays, what cannot be read is done here."""
         self.known.lost |= self.missing.intersection(frames.lost)
         self.missing -= set(frames.lost)
         if frames.lease is None:
             self._publish_complete()
             return
-        arrays = tensors_of(frames.lease, open_lease(frames.lease, directories))
+        try:
+            arrays = tensors_of(frames.lease, reader.open(frames.lease))
+        except LeaseUnreadable as error:
+            logger.warning("frames of another worker are encoded again: %s", error)
+            self._frames.change(self._frames.left.union(self.missing.intersection(frames.positions)))
+            return
         newline = self.tools.vision.newline
         embeddings, saliency = arrays["embeddings"].to(newline), arrays["saliency"].to(newline.device)
         self._add(frames.positions, embeddings, saliency)
@@ -126,16 +148,37 @@ class VideoWork(Work):
         for position, one, salient in zip(positions, embeddings, saliency, strict=True):
             if position in self.missing:
                 row = self._rows[position] = Entry(one, salient)
-                self.tools.cache.put(self.keys[position], row, tenant=self.command.salt)
+                self.tools.cache.put(self.keys[position], row, tenant=self.tenant)
         self.missing -= set(positions)
         self._publish_complete()
 
     def close(self) -> None:
         self._frames.close()
 
+    def set_aside(self) -> None:
+        """It has to wait: what the cache had is not kept in memory meanwhile, but asked for again."""
+        self._aside = tuple(self._rows)
+        self._rows.clear()
+
+    def _recall(self) -> None:
+        keys = {position: self.keys[position] for position in self._aside}
+        tokens = self.tools.geometry.frame_tokens
+        found = self.tools.cache.get_many(tuple(keys.values()), tokens=tokens, tenant=self.tenant)
+        self._rows |= {position: found[key] for position, key in keys.items() if key in found}
+        gone = [position for position, key in keys.items() if key not in found]
+        self._aside = ()
+        if gone:
+            self.cached_tokens -= len(gone) * tokens
+            self.missing.update(gone)
+            self._frames.change(self._frames.left.union(gone))
+
     def _publish_complete(self) -> None:
         """Publish the windows before the first frame that is missing, and with the last one the newline."""
+        if self._aside:
+            self._recall()
         self._has_published = True
+        if self.missing and not self.tools.overlap:
+            return
         frontier = min(self.missing, default=len(self.keys))
         complete = 0
         while complete < len(self._windows) and self._windows[complete][1] <= frontier:
@@ -162,6 +205,7 @@ class VideoWork(Work):
             saliency=torch.stack([row.saliency for row in rows]),
             protect=None,
             modality="video",
+            grids=(self.tools.geometry.frame_grid,),
         )
         return Window([self.keys[position] for position in there], item)
 
@@ -182,6 +226,9 @@ class FramesWork:
     def is_ready(self) -> bool:
         return self._frames.is_ready()
 
+    def wait(self) -> None:
+        self._frames.wait(self.clock)
+
     def pixels(self) -> Tensor | None:
         while self._frames.left:
             pixels = self._frames.pixels(self.clock)
@@ -194,7 +241,6 @@ class FramesWork:
         encoded = self._tools.vision.frames(features)
         lease = self._tools.leases.publish(
             {"embeddings": to_numpy(encoded.embeddings), "saliency": to_numpy(encoded.saliency)},
-            ttl_s=LEASE_TTL_S,
             owner=self._command.request_id,
         )
         self._report(self._frames.positions, lease)

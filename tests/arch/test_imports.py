@@ -21,10 +21,10 @@ LINKED = ("kernels", "bench")  # folders of the repository that are parts of the
 
 # lower layers first; a part may import its own layer and the layers below it
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "cores", "config", "log", "metrics", "tracing", "progress"}),
-    frozenset({"request", "sampling", "messages"}),
+    frozenset({"errors", "cores", "budget", "config", "log", "metrics", "tracing", "progress"}),
+    frozenset({"request", "sampling", "lease", "messages"}),
     frozenset(
-        {"wire", "queues", "waker", "transfer", "tensors", "rundir", "media", "conversation", "methods"}
+        {"wire", "queues", "waker", "transfer", "frames", "tensors", "rundir", "media", "conversation", "methods"}
         | {"encoders", "pruning", "attention", "kv", "models", "kernels"}
     ),
     frozenset({"engine", "catalogue"}),
@@ -33,6 +33,7 @@ LAYERS: tuple[frozenset[str], ...] = (
         {
             "__main__",
             "ask",
+            "show",
             "generation",
             "server",
             "llm",
@@ -58,6 +59,7 @@ TORCH_FREE = (
     "mmserve.workers.supervisor",
     "mmserve.wire",
     "mmserve.transfer",
+    "mmserve.frames",
     "mmserve.rundir",
     "mmserve.conversation",
     "mmserve.methods",

@@ -9,12 +9,14 @@ import pytest
 
 from mmserve.evaluation.suites import Example
 from mmserve.llm import LLM
+from mmserve.pruning.base import PRUNERS, make_pruner
 from mmserve.request import Methods
 from mmserve.sampling import SamplingParams
 
 from .conftest import ask
 
 SHORT = SamplingParams(max_tokens=4)
+ENCODER_SIDE = [name for name in PRUNERS if name != "none" and make_pruner(name, 1.0).acts_at == "encoder"]
 
 
 def test_a_second_question_about_a_clip_spends_no_encode_time(
@@ -32,15 +34,20 @@ def test_a_second_question_about_a_clip_spends_no_encode_time(
     assert second.timings_ms.preprocess == 0
 
 
-@pytest.mark.parametrize("prune", ["holitom", "random", "uniform"])
-def test_reduction_shortens_the_prompt_by_exactly_what_was_asked(
+@pytest.mark.parametrize("prune", ENCODER_SIDE)
+def test_reduction_shortens_the_prompt_by_what_was_planned(
     epd: LLM, basic_clips: list[tuple[Path, Example]], prune: str
 ) -> None:
     clip, example = basic_clips[1]
     methods = Methods(prune=prune, keep=0.25)
+    pruner = make_pruner(prune, 0.25)
+    planned = pruner.plan(8, 36) + 1
     (output,) = epd.chat(ask(clip, example.question.text), SHORT, methods=methods)
     assert output.usage.visual_tokens == 8 * 36 + 1
-    assert output.usage.visual_tokens_kept == 8 * 36 // 4 + 1
+    assert planned == 8 * 36 // 4 + 1
+    assert output.usage.visual_tokens_kept == planned or pruner.count == "bound"
+    assert 8 <= output.usage.visual_tokens_kept <= planned
+    assert output.outputs[0].text
     # prompt_token_ids are the uncompressed prompt whatever was kept
     assert len(output.prompt_token_ids) == output.usage.prompt_tokens
 

@@ -6,8 +6,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from mmserve.llm import LLM
 from mmserve.request import Chunk, RequestOutput
 from mmserve.sampling import SamplingParams
 
+T = TypeVar("T")
 FRAMES = 96
 PARAMS = SamplingParams(max_tokens=8, ignore_eos=True, logprobs=0)
 
@@ -63,32 +64,48 @@ def test_two_encode_workers_give_the_answer_of_one(
     assert parts == pytest.approx(times.ttft, abs=1.0)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(("victim", "seed"), [("owner", 2), ("helper", 3)])
 def test_killing_either_encode_worker_midway_changes_nothing(
-    two_encoders: LLM, expected: dict[int, RequestOutput], victim: int
+    two_encoders: LLM, expected: dict[int, RequestOutput], victim: str, seed: int
 ) -> None:
     answer: list[RequestOutput | MMServeError] = []
     done = threading.Event()
     deliver: Deliver = _into(answer, done)
-    encoders = _encoders(two_encoders)
-    two_encoders.submit(conversation(2 + victim), PARAMS, deliver=deliver)
-    time.sleep(0.4)
-    os.kill(encoders[victim], signal.SIGKILL)
+    pids = _until(lambda: _encoders(two_encoders))
+    retries = two_encoders._runtime.pipeline.counts().get("retries", 0)
+    two_encoders.submit(conversation(seed), PARAMS, deliver=deliver)
+    os.kill(pids[_until(lambda: _midway(two_encoders))[victim]], signal.SIGKILL)
     assert done.wait(120)
     (output,) = answer
     assert isinstance(output, RequestOutput), output
-    check(output, expected[2 + victim])
+    check(output, expected[seed])
+    counts = two_encoders._runtime.pipeline.counts()
+    assert counts.get("retries", 0) == retries + 1, "it had nothing to do any more"
 
 
-def _encoders(llm: LLM) -> list[int]:
-    """Processes of the encode workers, as soon as both run."""
+def _midway(llm: LLM) -> dict[str, str] | None:
+    """Who encodes the only item that is encoded now, once some of it is done and some of it is not."""
+    pipeline = llm._runtime.pipeline
+    records = pipeline._call(lambda: list(pipeline._dispatcher.records.values()))
+    for item in (item for record in records for item in record.items):
+        if item.parts and item.worker is not None and item.helpers:
+            return {"owner": item.worker, "helper": next(iter(item.helpers))}
+    return None
+
+
+def _encoders(llm: LLM) -> dict[str, int] | None:
+    """Processes of the encode workers, while both run."""
+    found = {name: pid for name, pid in llm.worker_pids().items() if name.startswith("encode")}
+    return found if len(found) == 2 else None
+
+
+def _until(look: Callable[[], dict[str, T] | None]) -> dict[str, T]:
     until = time.monotonic() + 60
     while time.monotonic() < until:
-        found = [pid for name, pid in sorted(llm.worker_pids().items()) if name.startswith("encode")]
-        if len(found) == 2:
+        if (found := look()) is not None:
             return found
-        time.sleep(0.05)
-    raise AssertionError("an encode worker does not come back")
+        time.sleep(0.002)
+    raise AssertionError("it does not come")
 
 
 def _into(answer: list[RequestOutput | MMServeError], done: threading.Event) -> Deliver:

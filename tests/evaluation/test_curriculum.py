@@ -9,6 +9,7 @@ import torch
 from mmserve.evaluation.clipworld import Scene, questions, sample_scene, visible
 from mmserve.evaluation.curriculum import (
     LOCAL,
+    SUMMARY,
     TEMPORAL,
     Lesson,
     Seen,
@@ -20,6 +21,8 @@ from mmserve.evaluation.curriculum import (
     moment,
     still_row,
     stream_row,
+    summary_labels,
+    under_tokens,
     until,
     video_row,
 )
@@ -132,3 +135,44 @@ def test_labels_say_what_a_frame_shows_and_what_has_happened() -> None:
                 assert local[frame, slot] == wanted
         for labels, sizes in ((local, LOCAL), (temporal, TEMPORAL)):
             assert (labels < torch.tensor(sizes)).all()
+
+
+def test_a_summary_answers_every_question() -> None:
+    for index, topic in enumerate(("direction", "order", "cuts", "digit", "count") * 4):
+        made = scene(topic, index)
+        labels = summary_labels(made).tolist()
+        assert len(labels) == len(SUMMARY)
+        size = len(SHAPES)
+        colours, ways, turns, (digit, cuts, steady) = (
+            labels[:size],
+            labels[size : 2 * size],
+            labels[2 * size : 3 * size],
+            labels[-3:],
+        )
+        for question in questions(np.random.default_rng(0), made):
+            named = [slot for slot, look in enumerate(SHAPES) if f" {look}" in question.text]
+            if question.kind == "colour":
+                assert list(COLOURS)[colours[named[0]] - 1] == question.answer
+            if question.kind == "direction" and ways[named[0]] >= 0:
+                assert ("left", "right", "up", "down")[ways[named[0]] - 1] == question.answer
+            if question.kind == "order":
+                assert turns[SHAPES.index(question.answer)] == 1
+            if question.kind in ("digit", "cuts", "count"):
+                known = {"digit": digit - 1, "cuts": cuts, "count": steady}
+                assert str(known[question.kind]) == question.answer
+
+
+def test_what_lies_under_tokens() -> None:
+    moving = scene("direction", 0)
+    ways, centres = under_tokens(moving, 6)
+    assert len(ways) == len(centres) == 8 * 36
+    expected = {
+        1 + ("left", "right", "up", "down").index(actor.direction) if actor.direction else 0
+        for actor in moving.actors
+        if actor.look in SHAPES
+    }
+    assert set(ways.tolist()) - {-100, 0} == expected - {0}
+    for frame in (0, 7):
+        at = slice(frame * 36, (frame + 1) * 36)
+        assert int((centres[at] == 1).sum()) == len(visible(moving, frame))
+    assert set(ways[:36].tolist()) <= {-100, 0}  # nothing has moved in the first frame

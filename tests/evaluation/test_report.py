@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from mmserve.errors import BadRequest, MediaError
 from mmserve.evaluation import report, run
 from mmserve.evaluation.outputs import Outputs
 from mmserve.evaluation.report import Geometry, Outcome
+from mmserve.methods import NAMES
 from mmserve.request import MediaOptions, Methods, Timings, Usage
 from tests.fake_llm import FakeLLM
 
@@ -79,6 +82,17 @@ def test_a_row_is_measured_against_the_dense_run() -> None:
     assert row["ttft_ratio"] == 0.5
 
 
+def test_a_method_between_layers_saves_what_its_layers_do_not_see() -> None:
+    inner = [
+        replace(one, usage=msgspec.structs.replace(one.usage, visual_tokens_layer_mean=40.2))
+        for one in DENSE
+        if one.usage is not None
+    ]
+    row = report.row("s", Methods(prune="fastv", keep=0.25), inner, DENSE, GEOMETRY)
+    assert row["visual_tokens_kept_ratio"] == 1.0
+    assert row["flops_ratio"] == round(GEOMETRY.prefill_flops(50) / GEOMETRY.prefill_flops(110), 4)
+
+
 def test_arithmetic_of_a_prefill_counts_weights_and_pairs() -> None:
     weights = 8 * 4 * (2 * 2 + 2 * 1) + 3 * 8 * 16
     assert GEOMETRY.prefill_flops(1) == 2 * (2 * weights + 4 * 2 * 4)
@@ -134,7 +148,8 @@ def test_a_sweep_begins_with_the_dense_run() -> None:
 
 def test_a_sweep_is_every_combination_once() -> None:
     settings = sweep(prune="all", keep="all", kv="all", kv_budget="32,0.5")
-    assert len(settings) == len(set(settings)) == (1 + 3 * 3) * (1 + 2 * 2)
+    shares = 3 * (len(NAMES["prune"]) - 2) + 2  # dense and carriers keep what they keep
+    assert len(settings) == len(set(settings)) == shares * (1 + 2 * 2)
     assert settings[0] == Methods()
     assert Methods(prune="uniform", keep=0.1, kv="snapkv", kv_budget=32) in settings
 

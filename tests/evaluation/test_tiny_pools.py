@@ -16,6 +16,8 @@ from mmserve.evaluation.curriculum import Lesson
 from mmserve.evaluation.tiny_model import DRAFT, build_config, build_model, build_tokenizer
 from mmserve.evaluation.tiny_pools import Pools, Supply, embed_clip
 
+MODEL = build_model(build_config(build_tokenizer(), DRAFT), 0)
+
 
 class Inline:
     """A pool of processes without processes; makes nothing but the items' numbers."""
@@ -33,7 +35,7 @@ class Inline:
 
 
 def pools() -> Pools:
-    return Pools(0, {"clip": Supply(4, 2, 3), "image": Supply(2, 5, 1)}, None, 1)
+    return Pools(0, {"clip": Supply(4, 2, 3), "image": Supply(2, 5, 1)}, MODEL, 1)
 
 
 def names(made: Pools, lesson: Lesson) -> set[str]:
@@ -56,9 +58,8 @@ def test_a_run_that_was_stopped_sees_what_an_uninterrupted_one_sees(monkeypatch:
 
 
 def test_embeddings_of_clips_and_pictures() -> None:
-    model = build_model(build_config(build_tokenizer(), DRAFT), 0)
     clip = render(sample_scene(np.random.default_rng(0), "colour", 3))
-    assert embed_clip(model, clip, image=False).shape == (3, 36, 128)
-    picture = embed_clip(model, clip[:1], image=True)
+    assert embed_clip(MODEL, clip, image=False).shape == (3, 36, 128)
+    picture = embed_clip(MODEL, clip[:1], image=True)
     assert picture.shape == (144, 128)
     assert picture.dtype == torch.bfloat16

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from mmserve.evaluation.carriers import carrier_mask, carrier_slots, remaining, with_carriers
 from mmserve.evaluation.clipworld import Question
-from mmserve.evaluation.tiny_forward import embed_row, row_states
+from mmserve.evaluation.tiny_forward import RowAttention, embed_row, row_states
 from mmserve.evaluation.tiny_model import build_config, build_model, build_tokenizer
 from mmserve.evaluation.tiny_rows import Row, RowBuilder, TinyTokenizer
+from mmserve.pruning.carriers import carrier_mask, carrier_slots, remaining, with_carriers
 
 TOKENIZER = build_tokenizer()
 WORDS = TinyTokenizer(TOKENIZER)
@@ -93,9 +93,11 @@ def states(model: LlavaOnevisionForConditionalGeneration, row: Row, carriers: bo
     embedded = embed_row(row, inner.get_input_embeddings().weight, inner.image_newline)
     other = short_row()  # goes through the matrices alongside and must not matter
     beside = embed_row(other, inner.get_input_embeddings().weight, inner.image_newline)
-    both = row_states(
-        inner.language_model, [beside, embedded], [other, row], carriers=[not carriers, carriers]
-    )
+    attends = [
+        RowAttention(other, heads=4, carriers=not carriers),
+        RowAttention(row, heads=4, carriers=carriers),
+    ]
+    both = row_states(inner.language_model, [beside, embedded], attends)
     return both[1][-1][0]
 
 
@@ -147,3 +149,54 @@ def test_positions_leap_and_branches_follow() -> None:
     steps = (positions[1:] - positions[:-1]).tolist()
     assert steps[start + 35] == 101
     assert sum(steps) == len(steps) + 100
+
+
+def test_looking_at_other_items_than_the_one_asked_about_costs() -> None:
+    builder = RowBuilder(WORDS, carriers=False)
+    builder.text("<|im_start|>user\nItem 1:")
+    builder.video(clip(1), newline=True)
+    builder.text("\nItem 2:")
+    builder.image(torch.zeros(144, 256), alone=False)
+    builder.branch([Question("colour", "In item 2: What colour is the star?", "red")])
+    row = builder.row()
+    assert row.gated_item.unique().tolist() == [1]
+    first = int(row.gated_at[0])
+    assert TOKENIZER.decode(row.tokens[first - 3 : first + 1].tolist()) == " item 2:"
+    assert int(row.gated_at[-1]) == len(row.tokens) - 2  # the answer's last token wants nothing
+    assert [(item, frames) for _, item, frames in row.ended] == [(0, 1), (1, 1)]
+    assert row.tokens[[at for at, _, _ in row.ended]].tolist() == [
+        WORDS.media["video"],
+        WORDS.media["image"],
+    ]
+
+    def strays(favoured: int, guided: bool) -> list[float]:
+        attend = RowAttention(row, heads=1, carriers=False, guided=guided)
+        key = torch.zeros(1, len(row.tokens), 2)
+        key[0, : len(row.item), 0] = 20.0 * (row.item == favoured)
+        for _ in range(3):
+            attend(torch.ones_like(key), key, key)
+        assert bool(attend.peeks) != guided
+        return [float(stray) for stray in attend.strays]
+
+    # of the items' own tokens in two layers and of the questions in the third
+    assert strays(1, guided=False) == pytest.approx([0.0] * 3, abs=1e-2)
+    assert min(strays(0, guided=False)) > 2
+    assert len(strays(0, guided=True)) == 1
+
+
+@torch.no_grad()
+def test_in_guided_rows_an_item_is_as_if_alone(model: LlavaOnevisionForConditionalGeneration) -> None:
+    inner = model.model
+
+    def second(first: Tensor) -> Tensor:
+        builder = RowBuilder(WORDS, carriers=False)
+        for frames in (first, clip(2, 7)):
+            builder.video(frames, newline=True)
+        builder.branch([ASKED])
+        row = builder.row()
+        embedded = embed_row(row, inner.get_input_embeddings().weight, inner.image_newline)
+        attend = RowAttention(row, heads=4, carriers=False, guided=True)
+        (of_row,) = row_states(inner.language_model, [embedded], [attend])
+        return of_row[-1][0, : len(row.item)][row.item == 1]
+
+    assert torch.allclose(second(clip(2, 5)), second(clip(2, 6)), atol=1e-5)

@@ -106,11 +106,13 @@ def make_decoder(model: Model) -> TextDecoder:
 
 
 def serve(model: Model) -> None:
-    """A prompt, then decodes as a graph and beside a chunk, with pages in one run and in several."""
+    """Prompts, decodes as a graph and beside a chunk, with pages in one run and in several, and carriers."""
     decoder = make_decoder(model)
     table = PageTable(1, model.kv_heads, 200)
     store = PageStore(200, table.page_size, model.d, model.dtype)
-    places = {"a": 0, "b": 0}
+    places = {"a": 0, "b": 0, "c": 0}
+    # the first row of this one is not seen from the third on
+    until = {"c": np.array([2, *[np.iinfo(np.int32).max] * 5], np.int32)}
 
     def step(**counts: int) -> None:
         batch, start = [], 0
@@ -118,7 +120,7 @@ def serve(model: Model) -> None:
             orders = np.arange(places[name], places[name] + count, dtype=np.int32)
             table.append(name, orders, orders)
             places[name] += count
-            batch.append(SequenceRows(name, start, start + count))
+            batch.append(SequenceRows(name, start, start + count, until.get(name)))
             start += count
         positions = np.concatenate([np.arange(places[name] - n, places[name]) for name, n in counts.items()])
         attention = CudaAttention(table, store, batch)
@@ -130,6 +132,7 @@ def serve(model: Model) -> None:
     # the pages beside its own are taken
     step(a=table.page_size)
     step(b=1, a=2)
+    step(c=6)
     order = np.array([places["b"]], np.int32)
     table.append("b", order, order)
     DecodeGraphs(decoder, table, store, capture=lambda step: step).run(["b"], [1], order)

@@ -18,7 +18,7 @@ from mmserve.kv.table import PageTable
 from mmserve.models.decoder import DecoderConfig, TextDecoder
 from mmserve.request import Methods
 from mmserve.sampling import SamplingParams
-from mmserve.transfer import LeaseStore
+from mmserve.transfer import LeaseStore, MappedLeases
 from mmserve.wire import Array, TypedArray
 from mmserve.workers.language import LanguageHandler
 from mmserve.workers.loop import Handler
@@ -28,13 +28,13 @@ BOTH = (m.Role.PREFILL, m.Role.DECODE)
 E = TypeVar("E", bound=m.AnyEvent)
 
 
-def tiny_decoder(seed: int = 0) -> TextDecoder:
+def tiny_decoder(seed: int = 0, layers: int = 2) -> TextDecoder:
     torch.manual_seed(seed)
     config = DecoderConfig(
         vocab_size=VOCAB,
         hidden_size=WIDTH,
         intermediate_size=24,
-        layers=2,
+        layers=layers,
         heads=4,
         kv_heads=2,
         head_dim=8,
@@ -94,17 +94,17 @@ class Engine:
     ) -> None:
         self.leases = LeaseStore([directory])
         self.reporter = FakeReporter()
-        self.table = PageTable(2, 2, pages, page_size)
-        self.runner = Runner(
-            decoder or tiny_decoder(), self.table, PageStore(pages, page_size, 8), torch.device("cpu")
-        )
+        decoder = decoder or tiny_decoder()
+        self.table = PageTable(decoder.config.layers, 2, pages, page_size)
+        store = PageStore(pages, page_size, 8)
+        self.runner = Runner(decoder, self.table, store, torch.device("cpu"))
         self.handler = LanguageHandler(
             runner=self.runner,
             roles=roles,
             media_tokens=(IMAGE, VIDEO),
             eos_tokens=(EOS,),
             leases=self.leases,
-            lease_directories=[directory],
+            reader=MappedLeases([directory]),
             reporter=self.reporter,
             token_budget=token_budget,
         )
@@ -179,7 +179,13 @@ class Engine:
         return command
 
     def part(
-        self, tokens: int, kept: Sequence[int] | None = None, *, seed: int = 0, first: int = 0
+        self,
+        tokens: int,
+        kept: Sequence[int] | None = None,
+        *,
+        seed: int = 0,
+        first: int = 0,
+        frame: Sequence[int] | None = None,
     ) -> m.EncodedPart:
         """So many published tokens of the item `seed`, from its token `first` on."""
         rows = np.array(range(tokens) if kept is None else kept, np.int32)
@@ -188,9 +194,10 @@ class Engine:
             "embeddings": every[first + np.clip(rows, 0, tokens - 1)],
             "source": rows,
             "index": first + rows,
+            "frame": np.full(len(rows), -1, np.int32) if frame is None else np.array(frame, np.int32),
             "key": np.tile(np.frombuffer(seed.to_bytes(KEY_BYTES, "little"), np.uint8), (len(rows), 1)),
         }
-        lease = self.leases.publish(arrays, ttl_s=60)
+        lease = self.leases.publish(arrays, with_crc=True)
         return m.EncodedPart(lease=lease, tokens=tokens, kept=len(rows))
 
     def item(self, tokens: int, kept: list[int] | None = None, seed: int = 0) -> m.PromptItem:

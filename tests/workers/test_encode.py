@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mmserve import messages as m
+from mmserve.budget import Budget
 from mmserve.encoders.base import Encoded, EncodedImage, Features
 from mmserve.encoders.cache import EmbeddingCache
 from mmserve.errors import MediaError
@@ -21,14 +22,15 @@ from mmserve.media.pool import SandboxPool
 from mmserve.media.preprocess import PixelFormat, Preprocessing
 from mmserve.media.sandbox import Decoded
 from mmserve.models.layout.llava_onevision import Geometry
-from mmserve.request import MediaOptions, MediaRef, Methods, Modality
+from mmserve.request import MediaOptions, MediaRef, Methods, Modality, Option
 from mmserve.tensors import tensors_of
-from mmserve.transfer import LeaseStore, open_lease
-from mmserve.workers import encode
+from mmserve.transfer import LeaseStore, MappedLeases, open_lease
+from mmserve.workers import encode, items
 from mmserve.workers.encode import CROPS_PER_BATCH, MAX_QUEUED, EncodeHandler
 from mmserve.workers.items import Tools
 from tests.workers.fakes import FakeReporter
 
+MODALITIES: tuple[Modality, ...] = ("image", "video")
 SIDE, WIDTH = 8, 4
 GEOMETRY = Geometry(image_side=SIDE, patch_side=2, pinpoints=((SIDE, SIDE),), max_crops=9)
 FRAME_TOKENS = GEOMETRY.frame_tokens
@@ -43,9 +45,12 @@ class FakeSandbox:
     broken: set[int] = field(default_factory=set)
     plans: list[MediaRef] = field(default_factory=list)
     decoded: list[tuple[int, ...]] = field(default_factory=list)
-    slow: set[str] = field(default_factory=set)  # digests of files that are never ready
+    slow: set[str] = field(
+        default_factory=set
+    )  # digests of files that are not ready until one waits for them
     unready: set[str] = field(default_factory=set)  # digests of files that cannot even be asked about
     asked: list[str] = field(default_factory=list)  # files of the segments that were waited for
+    asked_whole: set[bool] = field(default_factory=set)
     closed: int = 0
     error: Exception | None = None
 
@@ -65,6 +70,9 @@ class FakeSandbox:
             total_frames=count,
             decoder="fake",
         )
+
+    def counts(self) -> tuple[dict[str, int], dict[str, int]]:
+        return {"frames_decoded": sum(map(len, self.decoded))}, {}
 
     def segments(self, ref: MediaRef, plan: MediaPlan, positions: Sequence[int]) -> FakeSegments:
         return FakeSegments(self, ref, plan, [positions[i : i + 8] for i in range(0, len(positions), 8)])
@@ -90,10 +98,18 @@ class FakeSegments:
         self.sandbox.asked.append(self.ref.digest)
         return self.sandbox.decode(self.ref, self.plan, self.left.pop(0))
 
-    def is_ready(self) -> bool:
+    def is_ready(self, *, whole: bool) -> bool:
         if self.ref.digest in self.sandbox.unready:
             raise MediaError("The decoder is gone")
+        self.sandbox.asked_whole.add(whole)
         return self.ref.digest not in self.sandbox.slow
+
+    def wait(self) -> None:
+        self.sandbox.slow.discard(self.ref.digest)
+
+    def change(self, positions: Iterable[int]) -> None:
+        wanted = sorted(positions)
+        self.left = [wanted[i : i + 8] for i in range(0, len(wanted), 8)]
 
     def close(self) -> None:
         self.sandbox.closed += 1
@@ -120,8 +136,12 @@ class FakeVision:
         return Encoded(rows, torch.ones(len(rows), FRAME_TOKENS))
 
     def newline_rows(self, original_size: tuple[int, int], crops: int) -> Tensor:
-        rows = torch.zeros(GEOMETRY.image_tokens(*original_size, 1 if crops > 1 else 2), dtype=torch.bool)
-        rows[-1] = True
+        images = 1 if crops > 1 else 2
+        rows = torch.zeros(GEOMETRY.image_tokens(*original_size, images), dtype=torch.bool)
+        (height, width), *tiles = GEOMETRY.image_grids(*original_size, images)
+        # after each row of tiles, or at the end
+        columns = tiles[0][1] if tiles else 0
+        rows[height * width + columns :: columns + 1] = True
         return rows
 
     def pack(self, features: Features, original_size: tuple[int, int]) -> EncodedImage:
@@ -147,7 +167,9 @@ class Published:
 
 
 class Encoder:
-    def __init__(self, directory: Path, *, cache_bytes: int = 1 << 20, **sandbox: object) -> None:
+    def __init__(
+        self, directory: Path, *, cache_bytes: int = 1 << 20, overlap: bool = True, **sandbox: object
+    ) -> None:
         self.directory = directory
         self.sandbox = FakeSandbox(**sandbox)  # type: ignore[arg-type]  # named as its fields
         self.vision = FakeVision()
@@ -162,8 +184,9 @@ class Encoder:
             cache=EmbeddingCache(cache_bytes),
             leases=self.leases,
             reporter=self.reporter,
+            overlap=overlap,
         )
-        self.handler = EncodeHandler(tools, [directory])
+        self.handler = EncodeHandler(tools, MappedLeases([directory]))
         self.reporter.handler = self.handler
 
     def ask(
@@ -174,7 +197,10 @@ class Encoder:
         modality: Modality = "video",
         frames: int | None = None,
         prune: str = "none",
-        keep: float = 1.0,
+        keep: Budget = 1.0,
+        keep_image: Budget | None = None,
+        prune_options: dict[str, Option] | None = None,
+        prune_text_images: bool = False,
         salt: str = "",
         only_image: bool = True,
     ) -> None:
@@ -191,7 +217,13 @@ class Encoder:
                 attempt=3,
                 item=0,
                 media=media,
-                methods=Methods(prune=prune, keep=keep),
+                methods=Methods(
+                    prune=prune,
+                    keep=keep,
+                    keep_image=keep_image,
+                    prune_options=prune_options or {},
+                    prune_text_images=prune_text_images,
+                ),
                 salt=salt,
                 is_only_image=only_image,
             )
@@ -240,6 +272,20 @@ def test_a_video_is_decoded_in_segments_and_published_in_order(tmp_path: Path) -
     assert (planned.attempt, planned.keep_bound) == (3, tokens)
 
 
+def test_without_overlap_an_item_is_decoded_whole_and_published_whole(tmp_path: Path) -> None:
+    encoder = Encoder(tmp_path, overlap=False)
+    encoder.ask()
+    (event,) = encoder.run()
+    assert encoder.sandbox.asked_whole == {True}
+    assert encoder.vision.encoded == [8, 8, 4], "the tower's batches are the same"
+    (part,) = event.parts
+    assert part.tokens == event.tokens == 20 * FRAME_TOKENS + 1
+    usual = Encoder(tmp_path)
+    usual.ask()
+    assert torch.equal(usual.arrays(usual.run()[0])["embeddings"], encoder.arrays(event)["embeddings"])
+    assert usual.sandbox.asked_whole == {False}
+
+
 def test_a_second_request_for_the_same_frames_decodes_and_encodes_nothing(tmp_path: Path) -> None:
     encoder = Encoder(tmp_path)
     encoder.ask("a")
@@ -266,6 +312,7 @@ def test_overlapping_samplings_share_their_frames(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("other", [{"salt": "t"}, {"digest": "e"}])
 def test_other_tenants_and_other_bytes_share_nothing(tmp_path: Path, other: dict[str, str]) -> None:
+    """R18: the same bytes of another tenant are a miss."""
     encoder = Encoder(tmp_path)
     encoder.ask("a")
     encoder.ask("b", **other)  # type: ignore[arg-type]  # strings only
@@ -295,7 +342,7 @@ def test_an_image_alone_is_cut_into_tiles_and_cached_apart(tmp_path: Path) -> No
     assert [event.keep_bound for event in planned[:2]] == [alone.tokens, one_of_many.tokens]
 
 
-@pytest.mark.parametrize("prune", ["random", "uniform", "holitom"])
+@pytest.mark.parametrize("prune", ["random", "uniform", "holitom", "prumerge", "sttm"])
 def test_a_reduced_image_keeps_no_more_than_its_bound(tmp_path: Path, prune: str) -> None:
     encoder = Encoder(tmp_path)
     encoder.ask(modality="image", prune=prune, keep=0.25)
@@ -304,6 +351,24 @@ def test_a_reduced_image_keeps_no_more_than_its_bound(tmp_path: Path, prune: str
     assert event.kept <= encoder.reporter.of(m.MediaPlanned)[0].keep_bound
     # the newline is never reduced
     assert int(encoder.arrays(event)["source"][-1]) == event.tokens - 1
+
+
+def test_carriers_come_with_the_frames_they_stand_for(tmp_path: Path) -> None:
+    encoder = Encoder(tmp_path, broken={2})
+    encoder.ask(prune="carriers", frames=20)
+    (video,) = encoder.run()
+    planned = encoder.reporter.of(m.MediaPlanned)[0]
+    assert planned.keep_bound == 20 * FRAME_TOKENS + 1
+    assert (planned.lasting_bound, planned.frame_rows) == (21, FRAME_TOKENS)
+    assert video.kept == 19 * FRAME_TOKENS + 1
+    # numbered in every part anew; the newline is of no frame
+    numbers = [*range(7), *range(8), *range(4)]
+    expected = [number for number in numbers for _ in range(FRAME_TOKENS)]
+    assert encoder.arrays(video)["frame"].tolist() == [*expected, -1]
+    encoder.ask("image", modality="image", prune="carriers")
+    (image,) = encoder.run()
+    assert encoder.arrays(image)["frame"].tolist() == [-1] * image.tokens
+    assert encoder.reporter.of(m.MediaPlanned)[-1].lasting_bound is None
 
 
 def test_lost_frames_are_left_out_reported_and_not_tried_again(tmp_path: Path) -> None:
@@ -367,6 +432,95 @@ def test_an_item_that_fails_is_answered_and_the_next_one_runs(
     assert bool(caplog.records) == (code == "internal_error")
 
 
+def test_budgets_are_kept_to_the_token(tmp_path: Path) -> None:
+    encoder = Encoder(tmp_path)
+    for prune in ("uniform", "random", "holitom"):
+        for keep, kept in (
+            (11, 11),
+            ("2/frame", 40),
+            (5000, 20 * FRAME_TOKENS),
+            ("99/frame", 20 * FRAME_TOKENS),
+        ):
+            encoder.ask(prune=prune, keep=keep)
+            (video,) = encoder.run()
+            assert video.kept == kept + 1
+            assert encoder.reporter.of(m.MediaPlanned)[-1].keep_bound == kept + 1
+    newlines = 1
+    for given, kept in (({"keep": 7}, 7), ({"keep": 0.25, "keep_image": "3/frame"}, 3)):
+        encoder.ask("i", modality="image", only_image=False, prune="random", **given)
+        (image,) = encoder.run()
+        assert image.kept == kept + newlines
+
+
+def test_rows_are_known_by_what_a_budget_comes_to(tmp_path: Path) -> None:
+    """Equal numbers and spelled-out defaults share their KV; other settings never do."""
+
+    def keys(**given: object) -> list[object]:
+        encoder.ask(prune="holitom", **given)  # type: ignore[arg-type]  # named as its parameters
+        return list(encoder.arrays(encoder.run()[0])["key"][0])
+
+    encoder = Encoder(tmp_path)
+    quarter = keys(keep=0.25)
+    assert quarter == keys(keep=20 * FRAME_TOKENS // 4) == keys(keep=f"{FRAME_TOKENS // 4}/frame")
+    assert quarter == keys(keep=0.25, prune_options={"beta": 0.6, "tau": None})
+    assert quarter != keys(keep=0.25, prune_options={"beta": 0.5})
+    assert quarter != keys(keep=0.5)
+
+
+def test_an_image_of_text_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[object] = []
+
+    def judge(picture: object) -> bool:
+        judged.append(picture)
+        return True
+
+    monkeypatch.setattr(items, "is_textual", judge)
+    encoder = Encoder(tmp_path)
+
+    def ask(**given: object) -> tuple[int, bool]:
+        encoder.ask(modality="image", **given)  # type: ignore[arg-type]  # named as its parameters
+        (image,) = encoder.run()
+        assert image.kept <= encoder.reporter.of(m.MediaPlanned)[-1].keep_bound
+        return image.tokens - image.kept, image.whole.report.guarded
+
+    for dense in ({}, {"prune": "fastv"}, {"prune": "carriers"}, {"prune": "uniform"}):
+        assert ask(**dense) == (0, False)
+    assert not judged
+    # what the cache holds has to be decoded once more, and is judged once
+    assert ask(prune="uniform", keep=0.25) == ask(prune="random", keep=0.5) == (0, True)
+    assert len(judged) == 1
+    assert encoder.reporter.of(m.MediaEncoded)[-1].part.guarded
+    assert ask(prune="fastv", keep=0.5) == ask(prune="uniform+fastv", keep=0.25) == (0, True)
+    dropped, guarded = ask(prune="uniform", keep=0.25, prune_text_images=True)
+    assert dropped > 0
+    assert not guarded
+    encoder.ask(prune="uniform", keep=0.25)
+    (video,) = encoder.run()
+    assert video.kept < video.tokens
+    assert not video.whole.report.guarded
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"tua": 1}, "settings of holitom to be one of tau"),
+        ({"tau": 2}, "tau above 0"),
+        ({"beta": "x"}, "beta"),
+    ],
+)
+def test_settings_that_a_method_does_not_take_are_refused(
+    tmp_path: Path, options: dict[str, Option], why: str
+) -> None:
+    encoder = Encoder(tmp_path)
+    for modality in MODALITIES:
+        encoder.ask(modality, modality=modality, prune="holitom", keep=0.5, prune_options=options)
+    assert encoder.run() == []
+    for failure in encoder.reporter.of(m.RequestFailed):
+        assert failure.code == "bad_request"
+        assert why in failure.public_message
+    assert not encoder.sandbox.decoded
+
+
 def test_an_unknown_method_is_answered(tmp_path: Path) -> None:
     encoder = Encoder(tmp_path)
     encoder.ask(prune="nothing_like_it")
@@ -428,6 +582,10 @@ def test_rows_are_told_apart_by_frame_and_method_however_the_item_was_cut(tmp_pa
     assert rows[0][-1] == rows[1][-1], "every newline is the same"
     assert len(set(rows[1])) == len(rows[1])
     assert not set(rows[2][:-1]) & set(rows[1])
+    # what acts inside the language model changes nothing here
+    encoder.ask("inner", frames=10, prune="fastv", keep=0.5)
+    encoder.ask("both", frames=10, prune="uniform+fastv", keep=0.5)
+    assert [_named(encoder.arrays(item)) for item in encoder.run()] == [rows[0], rows[2]]
 
 
 def _named(arrays: dict[str, Tensor]) -> list[tuple[bytes, int]]:
@@ -620,7 +778,7 @@ def test_an_owner_takes_back_what_a_lost_helper_had(pair: Pair) -> None:
     assert not pair.owner.reporter.of(m.RequestFailed)
 
 
-def test_frames_that_cannot_be_read_fail_their_item_alone(pair: Pair) -> None:
+def test_frames_that_cannot_be_read_are_encoded_by_their_owner(pair: Pair) -> None:
     pair.owner.ask(frames=40)
     pair.owner.handler.step()
     pair.share(tuple(range(24, 40)))
@@ -630,7 +788,13 @@ def test_frames_that_cannot_be_read_fail_their_item_alone(pair: Pair) -> None:
     assert event.frames.lease is not None
     pair.helper.leases.release(event.frames.lease.lease_id)
     pair.owner.handler.handle(m.TakeFrames(request_id="r", attempt=3, item=0, frames=event.frames))
+    for other in pair.helper.reporter.of(m.FramesEncoded)[1:]:
+        pair.owner.handler.handle(m.TakeFrames(request_id="r", attempt=3, item=0, frames=other.frames))
     pair.owner.run()
-    assert [failure.request_id for failure in pair.owner.reporter.of(m.RequestFailed)] == ["r"]
-    pair.owner.ask("next", digest="e")
-    assert [item.request_id for item in pair.owner.run()] == ["next"]
+    assert not pair.owner.reporter.of(m.RequestFailed)
+    whole = pair.owner.reporter.of(m.MediaEncoded)[-1].whole
+    assert whole is not None
+    assert (whole.report.frames, whole.report.lost_frames) == (40, 0)
+    assert sum(pair.owner.vision.encoded) == 40 - sum(pair.helper.vision.encoded) + len(
+        event.frames.positions
+    )

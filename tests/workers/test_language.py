@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mmserve import messages as m
 from mmserve.attention.paged import PagedAttention, SequenceRows
-from mmserve.engine.runner import DecodeRow
+from mmserve.engine.rows import DecodeRow
 from mmserve.engine.scheduler import Plan
 from mmserve.kv.identity import KEY_BYTES
 from mmserve.kv.store import PageStore
@@ -81,7 +81,7 @@ def test_a_prompt_in_chunks_equals_a_prompt_in_one_step(
         chunked.next_position,
     )
     # 5 words of text, 14 uncompressed visual tokens, 9 of them survive the encoder
-    assert (whole.next_order, whole.next_position) == (19, 14)
+    assert (whole.next_order, whole.next_position) == (19, 19)
     assert (whole.kv_bytes < whole.kv_bytes_uncompressed) == (kv != "none")
 
 
@@ -179,12 +179,6 @@ def test_cancel_in_every_state_frees_all_pages(tmp_path: Path, steps: int, hand_
 # errors
 
 
-def gone(engine: Engine) -> m.PromptItem:
-    part = engine.part(3)
-    engine.leases.release(part.lease.lease_id)
-    return whole(part)
-
-
 def wide(engine: Engine) -> m.PromptItem:
     part = engine.part(3)
     return whole(m.EncodedPart(lease=part.lease, tokens=2, kept=3))
@@ -193,7 +187,6 @@ def wide(engine: Engine) -> m.PromptItem:
 @pytest.mark.parametrize(
     ("prompt", "make", "methods", "code"),
     [
-        ((1, VIDEO), gone, Methods(), "wire_error"),
         ((1, VIDEO), wide, Methods(), "wire_error"),
         ((1, 2), wide, Methods(), "bad_request"),
         ((), None, Methods(), "bad_request"),
@@ -433,7 +426,7 @@ def test_a_part_of_an_earlier_attempt_is_not_wanted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("admitted", [True, False])
-def test_a_part_that_cannot_be_read_fails_its_request_alone(tmp_path: Path, admitted: bool) -> None:
+def test_a_part_that_cannot_be_read_is_asked_for_again(tmp_path: Path, admitted: bool) -> None:
     engine = Engine(tmp_path)
     engine.prefill("r", (1, VIDEO, 3), (m.PromptItem(parts=(), is_whole=False, keep_bound=9),))
     if admitted:
@@ -443,6 +436,48 @@ def test_a_part_that_cannot_be_read_fails_its_request_alone(tmp_path: Path, admi
     grow(engine, "r", 0, part, is_last=True)
     engine.prefill("good", (1, 2, 3))
     engine.finish()
-    assert [event.request_id for event in engine.reporter.of(m.RequestFailed)] == ["r"]
+    (lost,) = engine.reporter.of(m.LeaseLost)
+    assert (lost.request_id, lost.attempt, lost.lease_id) == ("r", 0, part.lease.lease_id)
+    assert not engine.reporter.of(m.RequestFailed)
     assert len(engine.answer("good")) == 5
     assert engine.used_pages == 0
+
+
+@pytest.mark.parametrize("how", ["gone", "broken"])
+def test_embeddings_lost_before_or_behind_their_columns_are_asked_for_again(
+    tmp_path: Path, how: str
+) -> None:
+    engine = Engine(tmp_path)
+    part = engine.part(9)
+    if how == "gone":
+        engine.leases.release(part.lease.lease_id)
+    else:  # found when they are read, after the prompt was laid out
+        with Path(part.lease.path).open("r+b") as file:
+            file.seek(part.lease.arrays[0].offset)
+            file.write(b"\xff")
+    engine.prefill("r", (1, VIDEO, 3), (whole(part),))
+    engine.finish()
+    (lost,) = engine.reporter.of(m.LeaseLost)
+    assert lost.lease_id == part.lease.lease_id
+    assert not engine.reporter.of(m.RequestFailed)
+    assert engine.used_pages == 0
+    assert engine.handler.credits() == engine.handler.capacity
+    engine.prefill("r", (1, VIDEO, 3), (engine.item(9),))
+    engine.finish()
+    assert len(engine.answer("r")) == 5
+
+
+def test_kv_that_cannot_be_read_is_asked_for_again(tmp_path: Path) -> None:
+    prefill = Engine(tmp_path, roles=(m.Role.PREFILL,))
+    prefill.prefill("r", (1, 2, 3), hand_off=True)
+    prefill.run()
+    (event,) = prefill.reporter.of(m.PromptPrefilled)
+    assert event.lease is not None
+    prefill.leases.release(event.lease.lease_id)
+    decode = Engine(tmp_path, roles=(m.Role.DECODE,))
+    decode.sampling = prefill.sampling
+    decode.handler.handle(prefill.continuation(event))
+    decode.run()
+    assert [lost.lease_id for lost in decode.reporter.of(m.LeaseLost)] == [event.lease.lease_id]
+    assert not decode.reporter.of(m.RequestFailed)
+    assert decode.handler.credits() == decode.handler.capacity

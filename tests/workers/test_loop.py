@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mmserve import messages as m
 from mmserve.errors import MediaError
 from mmserve.queues import Dealer
+from mmserve.transfer import LeaseUnreadable
 from mmserve.workers import loop
 from mmserve.workers.loop import COMMANDS, EVENTS, Handler, WorkerLoop, failed
 
@@ -203,10 +204,18 @@ def test_colocated_handlers_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_failures_tell_clients_our_own_words_only(caplog: pytest.LogCaptureFixture) -> None:
     known = failed("r", 2, MediaError("Expected a picture, but got a song"), "encoding")
+    assert isinstance(known, m.RequestFailed)
     assert (known.attempt, known.code) == (2, "media_error")
     assert known.public_message == "Expected a picture, but got a song"
     assert not caplog.records
     unknown = failed("r", 0, RuntimeError("/secret/path at 0x7fff0000"), "encoding its media")
+    assert isinstance(unknown, m.RequestFailed)
     assert unknown.code == "internal_error"
     assert unknown.public_message == "The server could not finish this request: encoding its media failed"
     assert len(caplog.records) == 1
+
+
+def test_what_cannot_be_read_is_no_failure(caplog: pytest.LogCaptureFixture) -> None:
+    lost = failed("r", 2, LeaseUnreadable("f" * 32), "reading its media")
+    assert lost == m.LeaseLost(request_id="r", attempt=2, lease_id="f" * 32)
+    assert not caplog.records

@@ -54,14 +54,27 @@ def prefilled(queue_ms: float = 0.0, transfer_ms: float = 0.0, prefill_ms: float
     )
 
 
+def test_what_is_dropped_in_prefill_is_not_kept_and_takes_no_slots_after_it() -> None:
+    made = record([item(101, 101), item(20, 9)])
+    made.items[0].lasting_bound, made.items[0].frame_rows = 11, 10
+    assert made.prompt_slots == 4 + 11 + 9
+    assert made.usage().visual_tokens_kept == 110
+    sent = made.items[0].for_prefill()
+    assert (sent.keep_bound, sent.lasting_bound, sent.frame_rows) == (101, 11, 10)
+    made.prefilled = msgspec.structs.replace(prefilled(), visual_lasting=20)
+    assert made.usage().visual_tokens_kept == 20
+
+
 def test_usage_counts_tokens_before_and_after_reduction() -> None:
-    made = record([item(37, 10, cached=36), item(100, 50)], prefilled=prefilled())
+    ended = msgspec.structs.replace(prefilled(), visual_layer_mean=42.5)
+    made = record([item(37, 10, cached=36), item(100, 50)], prefilled=ended)
     made.tokens = [m.Sampled(request_id="r", attempt=0, seq=i, token_id=i) for i in range(3)]
     assert made.usage() == Usage(
         prompt_tokens=4 + 137,
         completion_tokens=3,
         visual_tokens=137,
         visual_tokens_kept=60,
+        visual_tokens_layer_mean=42.5,
         visual_tokens_cached=36,
         kv_bytes=30,
         kv_bytes_uncompressed=90,

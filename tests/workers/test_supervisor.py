@@ -16,7 +16,7 @@ import pytest
 
 import mmserve
 from mmserve import messages as m
-from mmserve.config import ServeConfig
+from mmserve.config import ServeConfig, Transfer
 from mmserve.media.limits import MediaLimits
 from mmserve.messages import Role
 from mmserve.queues import Router, ipc_endpoint
@@ -24,7 +24,7 @@ from mmserve.workers import supervisor
 from mmserve.workers.dispatcher import SUPERVISOR
 from mmserve.workers.main import CANNOT_START, WorkerConfig
 from mmserve.workers.process import Backoff, Child
-from mmserve.workers.supervisor import COMMANDS, EVENTS, Supervisor, worker_configs
+from mmserve.workers.supervisor import COMMANDS, EVENTS, Supervisor, meeting_point, worker_configs
 
 # ends at once with an exit code, or waits to be ended
 CHILD = """
@@ -238,5 +238,21 @@ def test_cores_are_divided_and_settings_reach_every_worker() -> None:
     assert all(worker.directories == ("/run/a", "/run/b") for worker in made)
     assert all(worker.limits == MediaLimits.from_config(config.limits) for worker in made)
     assert all(worker.kv_memory_bytes == config.cache.kv_memory_bytes for worker in made)
-    chosen = worker_configs(replace(config, threads=5), "ipc:///run/x", [])
+    assert all(worker.overlap for worker in made)
+    chosen = worker_configs(replace(config, threads=5, overlap=False), "ipc:///run/x", [])
     assert {worker.threads for worker in chosen} == {5}
+    assert not any(worker.overlap for worker in chosen)
+
+
+def test_the_tcp_plane_gives_every_worker_the_same_keys_and_one_meeting_point(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    endpoint, keys = meeting_point(ServeConfig(), tmp_path)
+    assert endpoint.startswith("ipc://")
+    assert keys is None
+    config = ServeConfig(host="0.0.0.0", transfer=Transfer(plane="tcp"))  # never bound
+    endpoint, keys = meeting_point(config, tmp_path)
+    assert endpoint.startswith("tcp://127.0.0.1:"), "not the public host's address"
+    assert keys is not None
+    made = worker_configs(config, endpoint, [], keys)
+    assert all(worker.keys == keys and worker.endpoint == endpoint for worker in made)
+    assert all(worker.transfer == config.transfer for worker in made)

@@ -29,8 +29,15 @@ class FakeClock:
         return self.now
 
 
-def _lease(number: int) -> m.Lease:
-    return m.Lease(lease_id=f"{number:032x}", path=f"/run/{number}", total_bytes=1, arrays=(), checksum=0)
+def _lease(number: int, endpoint: str = "") -> m.Lease:
+    return m.Lease(
+        lease_id=f"{number:032x}",
+        path=f"/run/{number}",
+        total_bytes=1,
+        arrays=(),
+        checksum=0,
+        endpoint=endpoint,
+    )
 
 
 class FakeWorker:
@@ -42,8 +49,10 @@ class FakeWorker:
     def __init__(self, name: str, *roles: Role, capacity: m.Credits = CAPACITY) -> None:
         self.name = name
         self.roles = roles
+        self.endpoint = ""  # where others read its leases
         self.capacity = capacity
         self.held: dict[str, int] = {}
+        self.losses = 0  # leases that it cannot read, from now on
         self.rejects_prompts = False  # preempts each that is whole instead of running it
         self.inbox: list[tuple[int, m.AnyCommand]] = []
         self.encodes: list[tuple[m.EncodeMedia, int]] = []  # with how many parts are published
@@ -92,7 +101,26 @@ class FakeWorker:
                 self.held.pop(name, None)
         return [m.TokensDecoded(tokens=tuple(tokens))] if tokens else []
 
+    def _lose(self, command: m.AnyCommand) -> list[m.AnyEvent]:
+        """What it says of a command whose lease it cannot read; it has nothing of the request then."""
+        lease: m.Lease | None = None
+        if isinstance(command, m.PrefillPrompt):
+            lease = next((part.lease for item in command.items for part in item.parts), None)
+        elif isinstance(command, m.ExtendPrompt) and command.request_id in self.prompts:
+            lease = command.part.lease
+        elif isinstance(command, m.DecodeFrom):
+            lease = command.lease
+        if lease is None or not self.losses:
+            return []
+        assert isinstance(command, m.PrefillPrompt | m.ExtendPrompt | m.DecodeFrom)
+        self.losses -= 1
+        self.prompts.pop(command.request_id, None)
+        self.held.pop(command.request_id, None)
+        return [m.LeaseLost(request_id=command.request_id, attempt=command.attempt, lease_id=lease.lease_id)]
+
     def _handle(self, command: m.AnyCommand, number: int) -> list[m.AnyEvent]:
+        if lost := self._lose(command):
+            return lost
         if isinstance(command, m.EncodeMedia):
             self.encodes.append((command, 0))
             return [
@@ -172,7 +200,7 @@ class FakeWorker:
             request_id=command.request_id,
             attempt=command.attempt,
             item=command.item,
-            part=m.EncodedPart(lease=_lease(number), tokens=12, kept=PARTS[count]),
+            part=m.EncodedPart(lease=_lease(number, self.endpoint), tokens=12, kept=PARTS[count]),
             whole=whole if is_last else None,
         )
 
@@ -207,7 +235,7 @@ class FakeWorker:
                 request_id=name,
                 attempt=command.attempt,
                 first=first,
-                lease=_lease(number) if command.hand_off else None,
+                lease=_lease(number, self.endpoint) if command.hand_off else None,
                 next_order=40,
                 next_position=slots,
                 slots=slots,

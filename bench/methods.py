@@ -23,6 +23,7 @@ from mmserve.bench.report import Tell, deliver, document
 from mmserve.bench.requests import Ask
 from mmserve.bench.side import Job, OpenSide, RemoteSide, Side, SideConfig
 from mmserve.errors import BadRequest
+from mmserve.methods import inner_part, outer_part
 from mmserve.models.layout.llava_onevision import Geometry as Layout
 from mmserve.models.loader import decoder_config
 from mmserve.request import Methods
@@ -113,7 +114,8 @@ def first_token(session: Session) -> None:
         measures = (partial(run, side, prefix) for side in (session.ours, session.dense))
         ours, dense = session.measure(name, *measures)
         session.rows.append(row(session.metric(name, "ms"), ours, dense))
-    if plan.methods.prune == "none":
+    # what an inner method takes is part of prefill: nobody times it apart
+    if outer_part(plan.methods).name == "none" or inner_part(plan.methods) is not None:
         return
     saved = [b - a for a, b in zip(ours, dense, strict=True)]
     took = [max(ms, 1e-3) for ms in pruned_ms[-plan.rounds :]]
@@ -122,7 +124,13 @@ def first_token(session: Session) -> None:
 
 
 def decode(session: Session) -> None:
-    """A step after long prompts; the same prompts in every round, so that they are prefilled once."""
+    """A step after long prompts; the same prompts in every round, so that they are prefilled once.
+
+    Where their KV is not shared, steps would have other requests' prompts in them: there is no row then.
+    """
+    if not shares_videos(session.plan.methods):
+        session.tell(f"decode_{DECODE_BATCH}: left out, prompts are prefilled anew for every request")
+        return
     job = Job(kind="decode", asks=session.asks(DECODE_BATCH), tokens=1 + DECODE_STEPS)
     ours, dense = session.measure(
         f"decode_{DECODE_BATCH}",
@@ -130,6 +138,11 @@ def decode(session: Session) -> None:
         lambda _: session.dense.run(job).seconds * 1e3,
     )
     session.rows.append(row(session.metric(f"decode_{DECODE_BATCH}", "ms/step"), ours, dense))
+
+
+def shares_videos(methods: Methods) -> bool:
+    """Whether the KV of a video serves a later prompt that begins with it."""
+    return inner_part(methods) is None and "memory" not in outer_part(methods).options
 
 
 def throughput(session: Session) -> None:

@@ -151,8 +151,10 @@ class FrameReader:
     def _fill(self, lease: Lease, left: deque[tuple[int, memoryview]]) -> None:
         link = self._links.get(lease.endpoint)
         if link is None:
+            self._close_broken()
             name = secrets.token_hex(16).encode()
-            link = self._links[lease.endpoint] = Dealer(lease.endpoint, name, self._keys)
+            link = Dealer(lease.endpoint, name, self._keys, breaks_on_silence=True)
+            self._links[lease.endpoint] = link
         awaited: dict[int, memoryview] = {}
         was_connected = False
         heard_at = time.monotonic()
@@ -172,6 +174,11 @@ class FrameReader:
             if was_connected > is_connected or silence_s > (SILENCE_S if is_connected else CONNECT_S):
                 raise LeaseGone("Expected the owner of a lease to answer, but it does not")
             was_connected = is_connected
+
+    def _close_broken(self) -> None:
+        """A worker that is started again has another endpoint: links to dead ones would only add up."""
+        for endpoint in [endpoint for endpoint, link in self._links.items() if not link.is_connected]:
+            self._links.pop(endpoint).close()
 
 
 def _take(answer: Piece | NoPiece, lease: Lease, awaited: dict[int, memoryview]) -> None:

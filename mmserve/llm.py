@@ -71,7 +71,7 @@ class _Offline:
         of this process. `kv_memory` is bytes of KV pages per language worker. `num_frames` or `fps`
         samples videos; `media_io_kwargs`, here or with a call, says more: {"video": {"num_frames", "fps",
         "start", "end", "max_pixels", "keyframes"}}. `methods` are the command line's: prune, keep,
-        attention, kv, kv_budget, kv_dtype.
+        keep_image, prune_options, prune_text_images, attention, kv, kv_budget, kv_dtype.
         """
         self.methods = choose_methods(MethodDefaults(), **methods)
         given = {"video": {"num_frames": num_frames, "fps": fps}}

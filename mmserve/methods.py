@@ -127,7 +127,7 @@ def deployed_methods(config: ServeConfig) -> Methods:
     except BadRequest as error:
         raise ConfigError(error.public_message) from error
     is_eased = load.floor is not None or load.floors
-    fits = is_share(methods.keep) and not keeps_nothing_less(methods.prune) and methods.prune not in INNER
+    fits = is_share(methods.keep) and not takes_no_keep(methods.prune) and methods.prune not in INNER
     if is_eased and not fits:
         raise ConfigError(
             "Expected prune_under_load only with a method behind the vision tower that keeps a share, "
@@ -162,7 +162,7 @@ def inner_part(methods: Methods) -> Part | None:
     return Part(outer, methods.keep, own) if outer in INNER else None
 
 
-def keeps_nothing_less(prune: str) -> bool:
+def takes_no_keep(prune: str) -> bool:
     """Whether there is nothing to choose about how much is kept."""
     return prune == "none" or prune in CARRIERS
 
@@ -200,7 +200,7 @@ def _keep(
         fits = default is not None and _refusal(prune, field, default) is None
         return default if fits else None
     asked = checked_keep(asked, field)
-    if asked == 1 and keeps_nothing_less(prune):
+    if asked == 1 and takes_no_keep(prune):
         return None
     if (why := _refusal(prune, field, asked)) is not None:
         raise BadRequest(
@@ -223,7 +223,7 @@ def _refusal(prune: str, field: str, keep: Budget) -> str | None:
 
 
 def _own_keep(prune: str) -> float:
-    return 1.0 if keeps_nothing_less(prune) else INNER.get(prune, DEFAULT_KEEP)
+    return 1.0 if takes_no_keep(prune) else INNER.get(prune, DEFAULT_KEEP)
 
 
 def _checked_options(prune: str, given: Mapping[str, Option]) -> dict[str, Option]:

@@ -163,7 +163,12 @@ def _end_context(pid: int) -> None:
 
 
 def _open_socket(
-    kind: zmq.SocketType, endpoint: str, identity: bytes | None, keys: CurveKeys | None
+    kind: zmq.SocketType,
+    endpoint: str,
+    identity: bytes | None,
+    keys: CurveKeys | None,
+    *,
+    breaks_on_silence: bool = False,
 ) -> zmq.Socket[bytes]:
     """The one place that makes sockets: nothing is left at libzmq's unbounded defaults."""
     socket = _context().socket(kind)
@@ -184,12 +189,9 @@ def _open_socket(
         # a worker that reconnects before its old connection is known dead takes over its name
         options[zmq.ROUTER_HANDOVER] = 1
     if endpoint.startswith("tcp://"):
-        options |= {
-            zmq.HEARTBEAT_IVL: _HEARTBEAT_MS,
-            zmq.HEARTBEAT_TIMEOUT: _HEARTBEAT_TIMEOUT_MS,
-            zmq.HEARTBEAT_TTL: _HEARTBEAT_TIMEOUT_MS,
-            zmq.IPV6: int("[" in endpoint),
-        }
+        options[zmq.IPV6] = int("[" in endpoint)
+        if breaks_on_silence:
+            options |= {zmq.HEARTBEAT_IVL: _HEARTBEAT_MS, zmq.HEARTBEAT_TIMEOUT: _HEARTBEAT_TIMEOUT_MS}
     _open_sockets.add(id(socket))
     for option, value in options.items():
         socket.setsockopt(option, value)
@@ -318,14 +320,22 @@ class Dealer(_Queue):
     """The end with one peer, to which libzmq reconnects by itself.
 
     Frames sent while there is no connection wait here, in order, up to HIGH_WATER_MARK. Those
-    handed to a connection that then breaks are lost, as is the state of the peer that died.
+    handed to a connection that then breaks are lost, as is the state of the peer that died. With
+    `breaks_on_silence` a peer over tcp that stands still for some seconds counts as one that died.
     """
 
-    def __init__(self, endpoint: str, identity: bytes, keys: CurveKeys | None = None) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        identity: bytes,
+        keys: CurveKeys | None = None,
+        *,
+        breaks_on_silence: bool = False,
+    ) -> None:
         check_endpoint(endpoint, bind=False, has_keys=keys is not None)
         if not 1 <= len(identity) <= 255 or identity[0] == 0:
             raise ConfigError("Expected an identity of 1 to 255 bytes that does not begin with zero")
-        socket = _open_socket(zmq.DEALER, endpoint, identity, keys)
+        socket = _open_socket(zmq.DEALER, endpoint, identity, keys, breaks_on_silence=breaks_on_silence)
         socket.connect(endpoint)
         super().__init__(socket)
         self._outbox: deque[bytes] = deque()

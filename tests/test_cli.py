@@ -407,7 +407,16 @@ def test_check_config_fills_in_every_limit(shell: Shell, file: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("methods: {prune: holitm}\n", "holitom"), ("prot: 1\n", "port"), ("model: [", "YAML"), ("", "")],
+    [
+        ("methods: {prune: holitm}\n", "holitom"),
+        ("methods: {keep: 0.5}\n", "keep only with prune"),
+        ("methods: {prune: holitom, prune_options: {tua: 1}}\n", "one of tau"),
+        ("methods: {prune: holitom+fastv, prune_options: {fastv.layer: 0}}\n", "layer to be a whole number"),
+        ("prune_under_load: {floor: 0.1}\n", "prune_under_load only with"),
+        ("prot: 1\n", "port"),
+        ("model: [", "YAML"),
+        ("", ""),
+    ],
 )
 def test_check_config_says_what_is_wrong(shell: Shell, tmp_path: Path, text: str, reason: str) -> None:
     file = tmp_path / "serve.yaml"

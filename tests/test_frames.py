@@ -105,6 +105,20 @@ def test_a_dead_owner_costs_little_time(owner: Owner, reader: FrameReader) -> No
         assert time.monotonic() - started_at < 5
 
 
+def test_links_to_dead_owners_do_not_add_up(owner: Owner, reader: FrameReader, tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / str(number)).mkdir()
+        before = Owner(tmp_path / str(number))
+        reader.open(before.store.publish(ARRAYS))
+        link = reader._links[before.store._endpoint]
+        before.close()
+        until = time.monotonic() + 10
+        while link.is_connected and time.monotonic() < until:
+            link.poll(0.01)
+    reader.open(owner.store.publish(ARRAYS))
+    assert len(reader._links) == 1
+
+
 def test_a_changed_byte_of_the_file_is_found(owner: Owner, reader: FrameReader) -> None:
     lease = owner.store.publish({"x": np.zeros(100, np.uint8)}, with_crc=True)
     with Path(lease.path).open("r+b") as file:

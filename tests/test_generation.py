@@ -380,8 +380,6 @@ def test_an_answer_that_fails_while_the_others_are_admitted_is_told_once() -> No
 
 def test_log_probabilities_of_the_prompt_are_spelled() -> None:
     client = Client(prompt_logprobs=1)
-    numbers = ("next_order", "next_position", "slots", "kv_bytes", "kv_bytes_uncompressed")
-    times = ("queue_ms", "transfer_ms", "prefill_ms")
     found = (None, {EOS: Logprob(-0.5, 1)})
     client.pipeline.record(client.id).prefilled = m.PromptPrefilled(
         request_id=client.id,
@@ -389,7 +387,14 @@ def test_log_probabilities_of_the_prompt_are_spelled() -> None:
         first=None,
         lease=None,
         prompt_logprobs=found,
-        **dict.fromkeys((*numbers, *times), 2),
+        next_order=2,
+        next_position=2,
+        slots=2,
+        kv_bytes=2,
+        kv_bytes_uncompressed=2,
+        queue_ms=2.0,
+        transfer_ms=2.0,
+        prefill_ms=2.0,
     )
     client.generate("red", FinishReason.LENGTH)
     first, second = client.output.prompt_logprobs or ()

@@ -39,7 +39,8 @@ def tile_attention(
     """As `prefill_attention.prefill_attention`, for bf16 on a CPU; rows of no tile are undefined.
 
     The channels of q, k and v are contiguous, pages wholly. Scores, softmax and sums are fp32, the weights
-    bf16. A row's result depends on its own tile's keys alone, bit for bit: not on threads or other rows.
+    bf16. A row's result does not depend on threads, bit for bit; where keys are listed in rising order, not
+    on the other rows of its tile either: else those decide which keys are summed together.
     """
     kernel = _kernel()
     assert kernel is not None, "asked for where it does not run"

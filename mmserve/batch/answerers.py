@@ -19,7 +19,7 @@ import msgspec
 from mmserve.batch.questions import Question, is_url, media_type
 from mmserve.errors import MMServeError, Unavailable, from_code
 from mmserve.media.options import media_io_kwargs, media_options
-from mmserve.methods import keeps_nothing_less
+from mmserve.methods import takes_no_keep
 from mmserve.request import Chunk, MediaOptions, Methods, RequestOutput
 from mmserve.sampling import SamplingParams
 
@@ -198,7 +198,7 @@ def extensions(methods: Methods) -> Json:
     """The field `mmserve`: methods other than the defaults, and that counts and times are wanted."""
     given, defaults = msgspec.to_builtins(methods), msgspec.to_builtins(Methods())
     changed = {name: value for name, value in given.items() if value != defaults[name]}
-    if not keeps_nothing_less(methods.prune):
+    if not takes_no_keep(methods.prune):
         changed["keep"] = methods.keep
     return {"mmserve": {"report": True, **changed}}
 

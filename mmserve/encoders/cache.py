@@ -141,18 +141,21 @@ class EmbeddingCache:
         )
 
     def counts(self) -> tuple[dict[str, int], dict[str, int]]:
-        """Events since the start and bytes held now, by tier: named like "hits/disk"."""
-        memories = [("memory", self._memory), ("host", self._host)]
-        totals = {f"evictions/{name}": memory.evictions for name, memory in memories if memory.capacity_bytes}
-        held = {f"bytes/{name}": memory.used_bytes for name, memory in memories if memory.capacity_bytes}
+        """Events since the start and bytes held now, as far as known, by tier: named like "hits/disk"."""
+        memories = {"memory": self._memory, "host": self._host}
+        memories = {name: memory for name, memory in memories.items() if memory.capacity_bytes}
+        totals = {f"evictions/{name}": memory.evictions for name, memory in memories.items()}
+        held = {f"bytes/{name}": memory.used_bytes for name, memory in memories.items()}
         for tier in map(self._tier_stats, self._tiers):
             counted = {"corrupt": tier.corrupt, "failures": tier.failures}
-            counted |= {"stored": tier.stored, "dropped": tier.dropped, "evictions": tier.evicted or 0}
+            counted |= {"stored": tier.stored, "dropped": tier.dropped}
+            if tier.evicted is not None:
+                counted["evictions"] = tier.evicted
             totals |= {f"{event}/{tier.name}": count for event, count in counted.items()}
-            held[f"bytes/{tier.name}"] = tier.used_bytes or 0
+            if tier.used_bytes is not None:
+                held[f"bytes/{tier.name}"] = tier.used_bytes
         asked = self._hits.total() + self._misses
-        for place in held:
-            name = place.partition("/")[2]
+        for name in (*memories, *(tier.name for tier in self._tiers)):
             # what a tier misses, the next one is asked
             asked -= self._hits[name]
             totals |= {f"hits/{name}": self._hits[name], f"misses/{name}": asked}

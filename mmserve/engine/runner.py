@@ -307,7 +307,8 @@ class Runner:
         fresh ones and others use its own too.
         """
         prompt = self.prompts[sequence]
-        one_head = -(-len(prompt) // self.table.page_size)
+        # layers below an inner method have more slots than rows are left
+        one_head = -(-int(self.table.lengths(sequence).max()) // self.table.page_size)
         if identity is not None and self.available_pages < one_head:
             self.prefix.forget(identity)
         query_order = to_device(prompt.order[prompt.first_observed :], self.device)

@@ -33,12 +33,12 @@ RECIPE = """## Training
 3. on the frozen tower: videos of 1 to 64 frames asked at their end and after some of their frames, streams,
    prompts of up to 6 images and clips, dialogues, positions with gaps; the semantic mask on a share of rows.
 
-Half of the heads start as "find what resembles me and copy it", without which binding a colour to a shape
-stays on a plateau. Half of the rows are guided: their attention is masked to what it should find by itself,
-and the other rows pay for looking elsewhere (a question about item 3 at item 2, anybody at media before it
-can know the item). Linear probes, dropped after training, ask tokens of media which item they belong to,
-which way they move and where an object's centre is, the newline after media for all that can be asked about
-them, and each carrier what is in sight and what has happened.
+A quarter of the heads start as "find what resembles me and copy it", without which binding a colour to a
+shape stays on a plateau. Half of the rows are guided: their attention is masked to what it should find
+by itself, and the other rows pay for looking elsewhere (a question about item 3 at item 2, anybody at
+media before it can know the item). Linear probes, dropped after training, ask tokens of media which item
+they belong to, which way they move and where an object's centre is, the newline after media for all that
+can be asked about them, and each carrier what is in sight and what has happened.
 """
 
 CURVES = """![Training loss of answers by kind of row](curves.svg)

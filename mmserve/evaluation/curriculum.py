@@ -35,7 +35,7 @@ from mmserve.evaluation.tiny_rows import Row, RowBuilder, TinyTokenizer
 Lesson = Literal["first", "clip", "image", "varied", "long", "stream"]
 LESSONS: dict[Lesson, int] = {"first": 10, "clip": 11, "image": 12, "varied": 13, "long": 14, "stream": 15}
 _FIRST_SHARES = [0.04, 0.04, 0.16, 0.18, 0.22, 0.18, 0.12, 0.06]  # of KINDS
-_CLIP_SHARES = [0.03, 0.03, 0.12, 0.32, 0.14, 0.14, 0.18, 0.04]
+_CLIP_SHARES = [0.03, 0.03, 0.14, 0.28, 0.12, 0.14, 0.23, 0.03]
 _LONG_SHARES = [0.06, 0.02, 0.04, 0.16, 0.44, 0.14, 0.14, 0.0]
 MIXED_KINDS = ("colour", "shape", "count", "direction")
 MOVED = 24.0  # pixels after which a direction can be asked about

@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import typer
 
 from mmserve import catalogue
 from mmserve.evaluation import report
+from mmserve.request import Methods
 
 Json = dict[str, Any]
 
@@ -89,10 +91,8 @@ def _timed(row: Json) -> tuple[str, ...]:
 
 
 def _named(methods: Json) -> str:
-    changed = [
-        f"{name} {value}" for name, value in methods.items() if value not in (None, "none", "auto", {}, False)
-    ]
-    return ", ".join(changed)
+    usual = msgspec.to_builtins(Methods())
+    return ", ".join(f"{name} {value}" for name, value in methods.items() if value != usual.get(name))
 
 
 def _source(found: Json) -> str:

@@ -16,6 +16,8 @@ from mmserve.errors import BadRequest
 
 Json = dict[str, Any]
 
+_BEGINNING = b'{"suite": '  # of every line
+
 
 class Outputs:
     """A line per question and setting; use it as a context manager.
@@ -35,6 +37,10 @@ class Outputs:
         """Learn what the file holds; returns the bytes up to the end of its last whole line."""
         content = path.read_bytes() if path.exists() else b""
         whole = content.rfind(b"\n") + 1
+        rest = content[whole:]
+        # dropped only if it is ours: the file may be another one that somebody named by mistake
+        if rest[: len(_BEGINNING)] != _BEGINNING[: len(rest)]:
+            raise BadRequest(f"Expected {path.name} to end with an answer of an evaluation")
         for number, line in enumerate(content[:whole].splitlines(), 1):
             try:
                 row = json.loads(line)

@@ -27,7 +27,7 @@ from mmserve.errors import BadRequest
 from mmserve.evaluation import report
 from mmserve.evaluation.outputs import Outputs
 from mmserve.evaluation.suites import SUITES, write_suite
-from mmserve.methods import INNER, NAMES, Kind, choose_methods, keeps_nothing_less
+from mmserve.methods import INNER, NAMES, Kind, choose_methods, takes_no_keep
 from mmserve.models.resolve import resolve
 from mmserve.progress import progress_bar
 from mmserve.request import MediaOptions, Methods, Timings, Usage
@@ -75,7 +75,7 @@ def sweep(
 ) -> tuple[Methods, ...]:
     """Every combination of comma lists (or "all"), the dense setting first whether it was named or not."""
     prunes, policies = _listed("prune", prune), _listed("kv", kv)
-    if (keep or keep_image) and all(map(keeps_nothing_less, prunes)):
+    if (keep or keep_image) and all(map(takes_no_keep, prunes)):
         raise BadRequest(f"Expected a method of --prune whose keep can be set, but got {', '.join(prunes)}")
     if kv_budget is not None and policies == ("none",):
         raise BadRequest("Expected a method of --kv for --kv-budget, but got none")
@@ -94,8 +94,8 @@ def sweep(
             kv_dtype=dtype,
         )
         for p in prunes
-        for share in ((None,) if keeps_nothing_less(p) else keeps)
-        for of_image in ((None,) if keeps_nothing_less(p) or p in INNER else _keeps("keep_image", keep_image))
+        for share in ((None,) if takes_no_keep(p) else keeps)
+        for of_image in ((None,) if takes_no_keep(p) or p in INNER else _keeps("keep_image", keep_image))
         for a in _listed("attention", attention)
         for policy in policies
         for budget in (budgets if policy != "none" else (None,))

@@ -142,10 +142,11 @@ def build_model(config: LlavaOnevisionConfig, seed: int) -> LlavaOnevisionForCon
 
 @torch.no_grad()
 def _mimetic_init(model: LlavaOnevisionForConditionalGeneration) -> None:
-    """Start half of the heads as "find what resembles me and copy it" (Trockman & Kolter 2023).
+    """Start a quarter of the heads as "find what resembles me and copy it" (Trockman & Kolter 2023).
 
     Queries equal keys and outputs undo values, so content matching need not be discovered; without
-    it, questions that bind two attributes stay on a plateau for thousands of steps.
+    it, questions that bind two attributes stay on a plateau for thousands of steps. One query head of a
+    group only: two that start equal get equal gradients and stay one head for ever.
     """
     config = model.config.text_config
     head = config.head_dim
@@ -156,10 +157,9 @@ def _mimetic_init(model: LlavaOnevisionForConditionalGeneration) -> None:
             rows = slice(kv * head, (kv + 1) * head)
             torch.nn.init.normal_(attention.k_proj.weight[rows], std=config.hidden_size**-0.5)
             torch.nn.init.normal_(attention.v_proj.weight[rows], std=config.hidden_size**-0.5)
-            for query in range(kv * group, (kv + 1) * group):
-                mine = slice(query * head, (query + 1) * head)
-                attention.q_proj.weight[mine] = attention.k_proj.weight[rows]
-                attention.o_proj.weight[:, mine] = attention.v_proj.weight[rows].T / group
+            mine = slice(kv * group * head, (kv * group + 1) * head)
+            attention.q_proj.weight[mine] = attention.k_proj.weight[rows]
+            attention.o_proj.weight[:, mine] = attention.v_proj.weight[rows].T
 
 
 def save_checkpoint(

@@ -96,7 +96,8 @@ class Probe(nn.Module):
             at = (wanted >= 0).nonzero()[:, 0]
             if len(at):
                 scores = head(states[state][0, row.visual_at[at]]).float()
-                total = total + functional.cross_entropy(scores, wanted[at])
+                rare = torch.full((scores.shape[1],), 5.0).index_fill(0, torch.tensor(0), 1.0)
+                total = total + functional.cross_entropy(scores, wanted[at], rare)
         return total
 
     def item_loss(self, states: list[Tensor], row: Row) -> Tensor:

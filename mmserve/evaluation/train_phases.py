@@ -35,10 +35,10 @@ LANGUAGE = Phase(
 )
 LONG = Phase(
     name="long",
-    steps=600,
-    peak=3.5e-4,
-    menu={"clip": 6, "still": 1, "varied": 0.6, "long": 0.4, "stream": 0.3, "mixed": 4},
-    carriers={"clip": 0.2, "still": 1.0, "varied": 0.2, "long": 0.2, "stream": 0.2},
+    steps=3000,
+    peak=5e-4,
+    menu={"clip": 6, "still": 3, "varied": 0.6, "long": 0.4, "stream": 0.3, "mixed": 4},
+    carriers={"clip": 0.4, "still": 1.0, "varied": 0.4, "long": 0.4, "stream": 0.3},
     supplies={
         "clip": Supply(48, 24, 40),
         "image": Supply(32, 24, 24),

@@ -38,7 +38,10 @@ def share_embeddings_of_words(model: LlavaOnevisionForConditionalGeneration, tok
 
 
 class TowerTask(nn.Module):
-    """Classifies tokens by the words for their colour and look, and says where they are."""
+    """Classifies tokens by the words for their colour and look, and says where they are.
+
+    Place and paint are for what compares frames: which way things move, and whether the scene is cut.
+    """
 
     colours: Tensor
     looks: Tensor
@@ -51,12 +54,13 @@ class TowerTask(nn.Module):
         for name, words in (("colours", tuple(COLOURS)), ("looks", LOOKS)):
             self.register_buffer(name, table[[tokenizer.token_to_id(word) for word in words]].clone())
         self.offset, self.place = nn.Linear(width, 2), nn.Linear(width, POOLED**2)
+        self.paint = nn.Linear(width, 12)  # colours of a token's quarters, background included
         self.nothing = nn.Parameter(torch.zeros(2, width))
         self.scale = nn.Parameter(torch.tensor(8.0))
 
     def trained(self) -> list[nn.Parameter]:
         inner = self.model.model
-        modules = (inner.vision_tower, inner.multi_modal_projector, self.offset, self.place)
+        modules = (inner.vision_tower, inner.multi_modal_projector, self.offset, self.place, self.paint)
         return [parameter for module in modules for parameter in module.parameters()] + [
             self.nothing,
             self.scale,
@@ -64,8 +68,9 @@ class TowerTask(nn.Module):
 
     def loss(self, frames: NDArray[np.uint8], truth: Labels) -> tuple[Tensor, dict[str, float]]:
         device = self.nothing.device
+        shown = pixels(frames).to(device)
         with torch.autocast(device.type, torch.bfloat16):
-            tokens = embed_frames(self.model, pixels(frames).to(device), pooled=True)
+            tokens = embed_frames(self.model, shown, pooled=True)
         tokens = tokens.float()
         loss, scores = tokens.square().sum(-1).mean() * 0.01, {}
         for name, words, none, label in (
@@ -81,7 +86,12 @@ class TowerTask(nn.Module):
         error = self.offset(tokens)[inside] - truth.offset.to(device)[inside]
         place = torch.arange(POOLED**2, device=device).expand(len(frames), -1).flatten()
         found = functional.cross_entropy(self.place(tokens).flatten(0, 1), place)
-        return loss + error.square().mean() + 0.2 * found, scores
+        quarters = (
+            functional.adaptive_avg_pool2d(shown, 2 * POOLED).unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
+        )
+        colours = quarters.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        painted = (self.paint(tokens) - colours).square().mean()
+        return loss + error.square().mean() + 0.6 * found + painted, scores
 
 
 def train_tower(task: TowerTask, *, seed: int, steps: int, clips: int, workers: int, log: Log) -> None:

@@ -25,6 +25,7 @@ from mmserve.media.plan import MediaPlan
 from mmserve.media.sandbox import Decoded, Sandbox, check_positions
 from mmserve.request import SEGMENT_FRAMES, MediaRef
 
+WAIT_S = 0.05  # at a time: who waits hears nothing else
 _Result = TypeVar("_Result")
 
 
@@ -64,7 +65,7 @@ class SandboxPool:
     def decode(self, ref: MediaRef, plan: MediaPlan, positions: Sequence[int] | None = None) -> Decoded:
         """The frames at these positions of the plan, or all of them, at once and in one process."""
         wanted = check_positions(plan, positions)
-        return self._submit_decode(self._free_lane(), ref, plan, wanted).result()
+        return self._submit_decode(self._free_lane(), ref, plan, wanted, ahead=False).result()
 
     def segments(
         self,
@@ -102,9 +103,11 @@ class SandboxPool:
             return lane
 
     def _submit_decode(
-        self, lane: _Lane, ref: MediaRef, plan: MediaPlan, wanted: tuple[int, ...]
+        self, lane: _Lane, ref: MediaRef, plan: MediaPlan, wanted: tuple[int, ...], *, ahead: bool
     ) -> Future[Decoded]:
-        future = self._submit(lane, len(wanted), lambda sandbox: sandbox.submit_decode(ref, plan, wanted))
+        future = self._submit(
+            lane, len(wanted), lambda sandbox: sandbox.submit_decode(ref, plan, wanted, ahead=ahead)
+        )
         future.add_done_callback(self._count_decoded)
         return future
 
@@ -201,8 +204,9 @@ class Segments:
         return all(piece.done() for piece in self._pieces(whole=whole))
 
     def wait(self) -> None:
-        """Until one piece more is there."""
-        concurrent.futures.wait([piece for piece in self._pieces(whole=True) if not piece.done()][:1])
+        """Until one piece more is there, or for `WAIT_S`: pieces of other items may come before it."""
+        missing = [piece for piece in self._pieces(whole=True) if not piece.done()]
+        concurrent.futures.wait(missing[:1], WAIT_S)
 
     def _pieces(self, *, whole: bool) -> list[Future[Decoded]]:
         """Of the segments that were asked for, or of the next one."""
@@ -252,7 +256,7 @@ class Segments:
         lane = self._lanes.get(piece.interval)
         if lane is None:
             lane = self._lanes[piece.interval] = self._pool._free_lane()
-        return self._pool._submit_decode(lane, self._ref, self._plan, piece.positions)
+        return self._pool._submit_decode(lane, self._ref, self._plan, piece.positions, ahead=True)
 
 
 def _join(parts: list[Decoded]) -> Decoded:

@@ -14,10 +14,11 @@ import select
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -73,9 +74,9 @@ def check_positions(plan: MediaPlan, positions: Sequence[int] | None) -> tuple[i
 class Sandbox:
     """One decoding process, started again whenever it dies, and the thread that talks to it.
 
-    Jobs wait in line, from whatever thread they come. `directory` is where frames pass through; nothing
-    stays in it. Every job ends `limits.job_deadline_s` after it began: what is not done by then is
-    killed and the media is blamed.
+    Jobs wait in line, from whatever thread they come; those that are `ahead` of their time let the others
+    pass. `directory` is where frames pass through; nothing stays in it. Every job ends
+    `limits.job_deadline_s` after it began: what is not done by then is killed and the media is blamed.
     """
 
     def __init__(self, directory: str | Path, limits: MediaLimits | None = None) -> None:
@@ -83,6 +84,7 @@ class Sandbox:
         self._limits = limits or MediaLimits()
         self._is_closed = False
         self._process: _Process | None = None
+        self._lines: tuple[deque[_Job], deque[_Job]] = deque(), deque()  # somebody waits for the first
         # the kernel kills a child when the *thread* that started it ends, so one thread starts them
         # all and lives as long as the sandbox
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="media-sandbox")
@@ -99,9 +101,11 @@ class Sandbox:
     def submit_plan(self, ref: MediaRef) -> Future[MediaPlan]:
         return self._submit(lambda: self._plan(ref))
 
-    def submit_decode(self, ref: MediaRef, plan: MediaPlan, wanted: tuple[int, ...]) -> Future[Decoded]:
+    def submit_decode(
+        self, ref: MediaRef, plan: MediaPlan, wanted: tuple[int, ...], *, ahead: bool = False
+    ) -> Future[Decoded]:
         """`wanted` are checked positions."""
-        return self._submit(lambda: self._decode(ref, plan, wanted))
+        return self._submit(lambda: self._decode(ref, plan, wanted), ahead=ahead)
 
     def close(self) -> None:
         """Kill the process, also under a running job, which then fails, as do those in line."""
@@ -113,15 +117,28 @@ class Sandbox:
         self._thread.submit(self._stop)
         self._thread.shutdown(wait=True)
 
-    def _submit(self, job: Callable[[], _Result]) -> Future[_Result]:
+    def _submit(self, job: Callable[[], _Result], *, ahead: bool = False) -> Future[_Result]:
         if self._is_closed:
             raise Unavailable(_CLOSED)
+        future: Future[_Result] = Future()
+        self._lines[ahead].append((future, job))
         try:
-            return self._thread.submit(job)
+            self._thread.submit(self._run_next)
         except RuntimeError as error:  # closed in between
             raise Unavailable(_CLOSED) from error
+        return future
 
     # what follows runs on the sandbox's thread
+
+    def _run_next(self) -> None:
+        """It runs as often as jobs are submitted, so there is one for it each time."""
+        future, job = next(filter(None, self._lines)).popleft()
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(job())
+        except BaseException as error:  # whoever waits for it is told
+            future.set_exception(error)
 
     def _plan(self, ref: MediaRef) -> MediaPlan:
         if ref.path.endswith(SUFFIX):
@@ -198,6 +215,9 @@ class Sandbox:
         self._stop()
         if not self._is_closed:
             self._thread.submit(self._prepare)
+
+
+_Job = tuple[Future[Any], Callable[[], Any]]
 
 
 class _Process:

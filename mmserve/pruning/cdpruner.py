@@ -1,7 +1,8 @@
 """CDPruner (arXiv 2506.10967): keep the tokens that are most diverse, given what the question asks about.
 
 The paper compares tokens and question in CLIP's space. The checkpoints here have no text tower that fits
-theirs, so the question is what the language model itself reads: its token embeddings.
+theirs, so the question is what the language model itself reads: its token embeddings. Nor is relevance
+turned around, as the published code does for LLaVA.
 """
 
 from __future__ import annotations

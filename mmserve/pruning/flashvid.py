@@ -3,7 +3,8 @@
 Each frame keeps tokens that are far apart, weighted by saliency. Every other token hangs on the one it is
 most like in the frame before, wherever that stands; a tree becomes its mean, and trees in excess are
 clustered in their frames. Unlike the published code, the count is exact, no surplus is kept for a later
-stage to prune, and no token is both kept and part of a tree. Knows nothing about the language model.
+stage to prune, no token is both kept and part of a tree, and saliency alone weighs distances, not also how
+much a token is like the frames' means. Knows nothing about the language model.
 """
 
 from __future__ import annotations

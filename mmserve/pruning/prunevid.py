@@ -26,6 +26,7 @@ from mmserve.pruning.base import (
     check_keep,
     check_range,
     count_by_window,
+    floor_share,
 )
 from mmserve.pruning.density import cluster_rows, density_peaks
 from mmserve.pruning.groups import group_by_head
@@ -97,7 +98,7 @@ class PruneVid:
     def _starts(self, means: Tensor) -> Ints:
         """The first frames of segments around the density peaks of frame means [T, D]."""
         frames = len(means)
-        count = np.array([max(1, int(self.segments * frames))])
+        count = np.array([max(1, floor_share(self.segments, frames))])
         peaks = density_peaks(means[None], np.array([frames]), count, neighbours=self.neighbours)
         centres = peaks.centre[0].sort().values
         distances = (means[:, None] - means[centres]).square().sum(dim=2).cpu().numpy()  # [T, C]

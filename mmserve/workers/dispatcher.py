@@ -167,6 +167,8 @@ class Dispatcher(Sharing):
         elif isinstance(event, m.LeaseLost):
             self._unread(worker, event)
         elif isinstance(event, m.LeasesEvicted):
+            for lease_id in event.lease_ids:
+                self.lease_owner.pop(lease_id, None)
             self._evicted(event.lease_ids)
         elif isinstance(event, m.WorkCounted):
             self.work[worker.name] = event
@@ -258,7 +260,8 @@ class Dispatcher(Sharing):
     def _unread(self, worker: Worker, event: m.LeaseLost) -> None:
         """A worker found nothing to read where embeddings or KV should be."""
         if record := self._given_up(worker, event):
-            self._make_again(record, {event.lease_id})
+            # one death loses many: they are not found one by one, each for a loss of its own
+            self._make_again(record, {event.lease_id, *self._gone_of(record)})
 
     def _evicted(self, lease_ids: Iterable[str]) -> None:
         """Who has not sent them to a reader yet does not wait until that one finds out."""
@@ -312,11 +315,7 @@ class Dispatcher(Sharing):
         for request_id in sorted(worker.holds):
             if record := self.records.get(request_id):
                 self._again(record, worker.name)
-        # what lies in files outlives its owner
-        served = {
-            lease.lease_id for record in self.records.values() for lease in record.leases if lease.endpoint
-        }
-        self._evicted(lease_id for lease_id in served if self.lease_owner.get(lease_id) == worker.name)
+        self._evicted(self._served_by(worker.name))
 
     def _again(self, record: Record, lost: str) -> None:
         """Repeat only what the lost worker had."""
@@ -338,11 +337,12 @@ class Dispatcher(Sharing):
         """A new attempt, in which what was streamed is forced. Embeddings are kept until prefill ends."""
         record.worker = None
         record.attempt += 1
+        # what comes of an earlier attempt is not wanted any more
+        self._recall(record)
         if record.state is State.PREFILLING and record.is_encoded:
             self._queue_prefill(record)
             return
-        # parts of an item belong together: what comes of an earlier attempt is not wanted any more
-        self._recall(record)
+        # parts of an item belong together
         self._release_embeddings(record)
         if record.kv_lease is not None:
             self._release(record.kv_lease)

@@ -30,7 +30,7 @@ from mmserve.media.plan import MediaPlan
 from mmserve.media.pool import SandboxPool
 from mmserve.media.preprocess import Preprocessing, image_pixels
 from mmserve.media.textual import is_textual
-from mmserve.methods import inner_part, keeps_nothing_less, outer_part
+from mmserve.methods import inner_part, outer_part, takes_no_keep
 from mmserve.models.layout.llava_onevision import Geometry
 from mmserve.pruning.base import Pruner, VisualItem, make_pruner
 from mmserve.request import MediaReport, Methods, Modality, tenant_of
@@ -243,7 +243,7 @@ class ImageWork(Work):
         inner = inner_part(self.command.methods)
         if inner is not None and inner.keep != 1:
             return True
-        return not keeps_nothing_less(self.pruner.name) and self.pruner.keep < 1
+        return not takes_no_keep(self.pruner.name) and self.pruner.keep < 1
 
     def is_idle(self) -> bool:
         return False

@@ -233,6 +233,8 @@ class LanguageHandler:
                 identity=prompt.identity,
                 most_cached=prompt.most_cached,
             )
+            transferred_at = time.perf_counter()
+            # a method that acts on the embeddings acts here: this is part of prefill
             self._runner.advance(name)
         except OutOfPages:  # another one was admitted with pages this one counted on: it waits on
             self._runner.release(name)
@@ -241,7 +243,6 @@ class LanguageHandler:
         except Exception as error:  # a bad request must not end the worker; it is logged and answered
             self._fail(prompt.command, error, "reading its media")
             return False
-        transferred_at = time.perf_counter()
         self._sequences.prefills[name] = Prefill(
             prompt=prompt,
             rows=rows,

@@ -18,6 +18,8 @@ from mmserve.request import FinishReason
 from mmserve.workers.records import Item, Record, State, Worker
 from mmserve.workers.routing import Job, new_job, room
 
+OF_ALL = "bytes/disk"  # each worker tells the size of the one file that all share
+
 
 @dataclass(frozen=True, slots=True)
 class Update:
@@ -60,6 +62,8 @@ class Ledger:
         for counted in self.work.values():
             totals.update(counted.totals)
             now.update(counted.now)
+        if OF_ALL in now:
+            now[OF_ALL] = max(counted.now.get(OF_ALL, 0) for counted in self.work.values())
         return dict(totals), dict(now)
 
     def _forget_work(self, worker: str) -> None:
@@ -162,6 +166,14 @@ class Ledger:
         """Leases that can be read only while this worker lives; what is mapped outlives it."""
         leases = [lease for record in self.records.values() for lease in record.leases if lease.endpoint]
         return [lease.lease_id for lease in leases if self.lease_owner.get(lease.lease_id) == worker]
+
+    def _gone_of(self, record: Record) -> list[str]:
+        """Leases of a prompt that cannot be read any more: evicted, or served by a worker that is gone."""
+        return [lease.lease_id for lease in record.leases if not self._can_be_read(lease)]
+
+    def _can_be_read(self, lease: m.Lease) -> bool:
+        owner = self.lease_owner.get(lease.lease_id)
+        return owner is not None and (not lease.endpoint or owner in self.workers)
 
     def _release(self, lease: m.Lease) -> None:
         """Tell the owner, or leave it to the shell when the owner is gone. Idempotent."""

@@ -24,7 +24,18 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "cores", "budget", "config", "log", "metrics", "tracing", "progress"}),
     frozenset({"request", "sampling", "lease", "messages"}),
     frozenset(
-        {"wire", "queues", "waker", "transfer", "frames", "tensors", "rundir", "media", "conversation", "methods"}
+        {
+            "wire",
+            "queues",
+            "waker",
+            "transfer",
+            "frames",
+            "tensors",
+            "rundir",
+            "media",
+            "conversation",
+            "methods",
+        }
         | {"encoders", "pruning", "attention", "kv", "models", "kernels"}
     ),
     frozenset({"engine", "catalogue"}),

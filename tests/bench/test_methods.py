@@ -111,6 +111,26 @@ def test_other_methods_have_no_figures_to_reach(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"prune": "fastv", "keep": 0.5}, ["ttft_cold", "ttft_warm", "throughput_16"]),
+        ({"prune": "holitom+fastv", "keep": 0.5}, ["ttft_cold", "ttft_warm", "throughput_16"]),
+        (
+            {"prune": "carriers", "prune_options": {"memory": 8}},
+            ["ttft_cold", "ttft_warm", "saved_to_prune", "throughput_16"],
+        ),
+        ({"prune": "carriers"}, ["ttft_cold", "ttft_warm", "saved_to_prune", "decode_8", "throughput_16"]),
+    ],
+    ids=str,
+)
+def test_what_would_compare_unlike_things_is_left_out(
+    given: dict[str, Any], expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan(methods=Methods(**given), rounds=1)
+    assert list(scripted(monkeypatch, Scripted(1.0), Scripted(2.0), plan)) == expected
+
+
+@pytest.mark.parametrize(
     "wrong", [{"methods": Methods()}, {"geometry": "ov-huge"}, {"metrics": ("speed",)}], ids=str
 )
 def test_a_wrong_plan_is_refused(wrong: dict[str, Any]) -> None:

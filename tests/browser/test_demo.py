@@ -196,7 +196,7 @@ def test_a_question_is_needed(page: Any, server: RunningServer) -> None:  # noqa
 def test_options_and_suggestions_reach_the_server(page: Any, server: RunningServer) -> None:  # noqa: ANN401
     page.locator("#options > button").click()
     page.locator("#prune input").click()
-    page.get_by_role("option", name="holitom").click()
+    page.get_by_role("option", name="holitom", exact=True).click()
     shoot(page, "options")
     page.locator("#try").get_by_text("Which colour is it?").click()
     page.locator("#ask").click()

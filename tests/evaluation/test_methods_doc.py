@@ -39,7 +39,7 @@ def test_figures_come_from_the_reports(tmp_path: Path) -> None:
     evaluated = MACHINE | {"rows": [report.row("clipworld-basic", methods, outcomes, outcomes, geometry)]}
     timed = row(Metric(name="ttft_warm", unit="ms", gate=2.0), [1.0], [3.0])
     bench = MACHINE | {
-        "settings": {"methods": {"prune": "holitom", "keep": 0.1, "kv": "none"}},
+        "settings": {"methods": {"prune": "holitom", "keep": 0.1, "attention": "dense"}},
         "rows": [timed],
     }
     for name, found in (("e.json", evaluated), ("b.json", bench)):

@@ -256,6 +256,14 @@ def test_a_file_of_something_else_is_not_continued(tmp_path: Path, line: str) ->
     assert target.read_text() == line + "\n"
 
 
+def test_a_file_of_one_unfinished_line_of_something_else_stays_as_it_is(tmp_path: Path) -> None:
+    target = tmp_path / "outputs.jsonl"
+    target.write_text("what somebody noted")
+    with pytest.raises(BadRequest, match="to end with an answer of an evaluation"):
+        Outputs(target, RUN)
+    assert target.read_text() == "what somebody noted"
+
+
 def test_answers_of_other_weights_are_not_mixed_in(tmp_path: Path) -> None:
     target = tmp_path / "outputs.jsonl"
     with Outputs(target, RUN) as outputs:

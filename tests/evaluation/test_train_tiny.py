@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from mmserve.evaluation import train_tiny
-from mmserve.evaluation.tiny_model import DRAFT
+from mmserve.evaluation.tiny_model import DRAFT, build_config, build_model, build_tokenizer
 from mmserve.evaluation.train_curriculum import Curriculum
 from mmserve.evaluation.train_phases import DRAFT_PHASES, LANGUAGE, TINY_PHASES, Phase
 
@@ -43,3 +44,11 @@ def test_a_run_goes_through_its_phases(tmp_path: Path, monkeypatch: pytest.Monke
     assert rows[0]["clipworld-basic"] == 0.5
     made = LlavaOnevisionForConditionalGeneration.from_pretrained(tmp_path / "checkpoint")
     assert sum(parameter.numel() for parameter in made.parameters()) < 1.5e6
+
+
+def test_no_two_heads_start_equal() -> None:
+    model = build_model(build_config(build_tokenizer(), DRAFT), 0)
+    for layer in model.model.language_model.layers:
+        heads = layer.self_attn.q_proj.weight.detach().unflatten(0, (4, -1))
+        distances = torch.cdist(heads.flatten(1), heads.flatten(1))
+        assert float(distances[~torch.eye(4, dtype=torch.bool)].min()) > 0.1

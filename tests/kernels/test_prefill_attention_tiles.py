@@ -107,8 +107,7 @@ def test_a_chunk_and_its_cached_prefix_merge_to_the_whole() -> None:
         assert_same(merged, Partial(expected.out[cut:], expected.lse[cut:]), TOLERANCE)
 
 
-def test_a_rows_result_depends_on_its_own_tile_alone() -> None:
-    """Not on threads, nor on which rows share its tile."""
+def test_a_rows_result_does_not_depend_on_threads() -> None:
     q, k, v = (uniform(600, KV_HEADS, 64, seed=seed).bfloat16() for seed in range(3))
     index = dense_index([600], [600], q_heads=KV_HEADS, kv_heads=KV_HEADS, tile_rows=128)
     threads = torch.get_num_threads()
@@ -121,6 +120,27 @@ def test_a_rows_result_depends_on_its_own_tile_alone() -> None:
         torch.set_num_threads(threads)
     assert torch.equal(found.out, again.out)
     assert torch.equal(found.lse, again.lse)
+
+
+@pytest.mark.parametrize("last", [301, 700, 1199])
+def test_keys_in_rising_order_make_a_rows_result_that_of_the_row_alone(last: int) -> None:
+    q, k, v = (uniform(rows, 1, 64, seed=rows).bfloat16() for rows in (2, 1200, 1201))
+    found = [
+        tile_attention(
+            q,
+            k,
+            v[:1200],
+            pack_tiles(
+                [Tile(0, 0, rows, runs=[(0, 1, 1200)])],
+                row_order=torch.tensor([300, last], dtype=torch.int32),
+                key_begin=torch.zeros(1, 1, dtype=torch.int64),
+            ),
+            scale=0.125,
+        )
+        for rows in ([0], [0, 1])
+    ]
+    assert torch.equal(found[0].out[0], found[1].out[0])
+    assert torch.equal(found[0].lse[0], found[1].lse[0])
 
 
 def test_the_public_function_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:

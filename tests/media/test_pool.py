@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -111,6 +112,22 @@ def test_whether_all_is_there_can_be_asked(pool: SandboxPool, clip: MediaRef) ->
     segments.wait()  # for nothing
 
 
+def test_waiting_ends_though_nothing_comes(pool: SandboxPool, clip: MediaRef) -> None:
+    """A worker that waits for its decoders must hear commands, and be heard."""
+    plan = pool.plan(clip)
+    (pid,) = pids(pool)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        segments = pool.segments(clip, plan, range(2))
+        started_at = time.monotonic()
+        segments.wait()
+        assert time.monotonic() - started_at < LIMITS.job_deadline_s / 2
+        assert not segments.is_ready()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert next(segments).positions == (0, 1)
+
+
 def test_a_segment_left_early_gives_everything_back(pool: SandboxPool, clip: MediaRef) -> None:
     segments = pool.segments(clip, pool.plan(clip))
     next(segments)
@@ -179,3 +196,14 @@ def test_close_ends_what_runs_and_is_final(tmp_path: Path, clip: MediaRef) -> No
         with pytest.raises(Unavailable):
             pool.plan(clip)
         assert not any(Path(f"/proc/{pid}").exists() for pid in before)
+
+
+def test_what_somebody_waits_for_passes_what_is_decoded_ahead(tmp_path: Path, clip: MediaRef) -> None:
+    for one in opened(tmp_path / "frames", LIMITS, processes=1):
+        plan = one.plan(clip)
+        ahead = one.segments(clip, plan, range(40), 1)
+        assert one.plan(clip) == plan
+        assert not ahead.is_ready(whole=True)
+        assert one.decode(clip, plan, [3]).positions == (3,)
+        assert not ahead.is_ready(whole=True)
+        assert [segment.positions for segment in ahead] == [(position,) for position in range(40)]

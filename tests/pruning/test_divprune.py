@@ -42,7 +42,7 @@ def test_equals_the_literal_implementation(seed: int, frames: int, tokens: int, 
 
 
 def test_a_picture_by_hand() -> None:
-    # angles of 0, 10, 20, 90 and 170 degrees: 90 stands most apart, then 0, then 170, then 20
+    # angles of 0, 10, 20, 90 and 170 degrees: 170 stands most apart, then 0, then 90, then 20
     angles = torch.tensor([0, 10, 20, 90, 170], dtype=torch.float64).deg2rad()
     x = torch.stack([angles.cos(), angles.sin()], dim=1) * torch.tensor([[1], [2], [3], [4], [5]])
     item = VisualItem(embeddings=x[None], saliency=torch.zeros(1, 5), modality="image")

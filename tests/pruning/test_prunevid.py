@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from itertools import combinations, pairwise
 
 import pytest
@@ -52,7 +54,11 @@ def literal(item: VisualItem, pruner: PruneVid) -> list[Row]:
 def segment(item: VisualItem, pruner: PruneVid) -> list[Span]:
     means = item.embeddings.mean(dim=1)
     frames = dict(enumerate(means))
-    centres = sorted(density_clusters(frames, max(1, int(pruner.segments * len(means))), pruner.neighbours))
+    centres = sorted(
+        density_clusters(
+            frames, max(1, math.floor(Fraction(str(pruner.segments)) * len(means))), pruner.neighbours
+        )
+    )
     starts = [0]
     for left, right in pairwise(centres):
         cost = {

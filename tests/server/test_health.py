@@ -22,6 +22,7 @@ METRICS = {
     "mmserve_stage_seconds",
     "mmserve_slow_readers",
     "mmserve_ready",
+    "mmserve_keep",
     "mmserve_dispatcher_now",
     "mmserve_dispatcher_events",
     "mmserve_encode_events",

@@ -8,7 +8,7 @@ from mmserve import messages as m
 from mmserve.errors import Unavailable
 from mmserve.messages import Role
 from mmserve.workers.records import MAX_LOSSES, State
-from tests.workers.world import EPD, WHOLE, FakeWorker, World
+from tests.workers.world import EEPD, EPD, WHOLE, FakeWorker, World
 
 
 def encoded(world: World) -> int:
@@ -135,6 +135,51 @@ def test_what_a_dead_owner_served_is_made_again_and_what_lies_in_files_is_not(
     hear(world, readers[victim])
     world.run()
     assert world.tokens(name) == WHOLE
+
+
+@pytest.mark.parametrize("by_death", [True, False])
+def test_what_is_lost_together_is_one_loss(by_death: bool) -> None:
+    """More items than losses are forgiven, all of a prompt that a worker was about to read."""
+    world = World(*EPD)
+    encode, prefill = world.role(Role.ENCODE), world.role(Role.PREFILL)
+    encode.endpoint = "tcp://127.0.0.1:5" if by_death else ""
+    name = world.submit(MAX_LOSSES + 2)
+    record = world.dispatcher.records[name]
+    while not record.is_encoded:
+        world.step(encode)
+    assert record.worker == prefill.name
+    prefill.unreadable = {lease.lease_id for lease in record.leases}
+    if by_death:
+        world.kill(encode)
+    else:
+        evict(world, encode, *prefill.unreadable)
+    world.run()
+    assert world.tokens(name) == WHOLE
+    assert world.dispatcher.counts["lost_leases"] == 1
+    assert world.dispatcher.counts["re_encoded"] == MAX_LOSSES + 2
+    assert settled(world)
+
+
+def test_who_runs_a_prompt_is_told_when_it_begins_anew_elsewhere() -> None:
+    """A helper that was not needed dies: its request runs alone from now on, and in one place."""
+    world = World(*EEPD)
+    name = world.submit(1)
+    record = world.dispatcher.records[name]
+    owner = next(worker for worker in world.workers.values() if worker.inbox)
+    world.step(owner)
+    (helper,) = [worker for worker in world.workers.values() if worker is not owner and worker.inbox]
+    owner.inbox.clear()  # it is faster than word of its helper
+    while not record.is_encoded:
+        world.step(owner)
+    prefill = world.role(Role.PREFILL)
+    assert (record.state, record.worker) == (State.PREFILLING, prefill.name)
+    world.kill(helper, step=(name,))
+    assert (record.is_suspect, record.attempt) == (True, 1)
+    commands = [command for _, command in prefill.inbox]
+    assert m.CancelRequest(request_id=name) in commands
+    world.run()
+    assert world.tokens(name) == WHOLE
+    assert settled(world)
 
 
 def test_an_old_attempts_loss_changes_nothing() -> None:

@@ -169,8 +169,9 @@ def test_what_a_lost_worker_did_stays_counted() -> None:
     encoders = [worker for worker in world.workers.values() if worker.roles == (m.Role.ENCODE,)]
     for worker, frames in zip(encoders, (3, 4), strict=True):
         for total in (1, frames):
-            counted = m.WorkCounted(totals={"frames_decoded": total}, now={"items_open": 1})
+            now = {"items_open": 1, "bytes/disk": 50 + total}  # one file
+            counted = m.WorkCounted(totals={"frames_decoded": total}, now=now)
             world.dispatcher.handle(worker.name, worker.upward(counted))
-    assert world.dispatcher.work_counts() == ({"frames_decoded": 7}, {"items_open": 2})
+    assert world.dispatcher.work_counts() == ({"frames_decoded": 7}, {"items_open": 2, "bytes/disk": 54})
     world.kill(encoders[0])
-    assert world.dispatcher.work_counts() == ({"frames_decoded": 7}, {"items_open": 1})
+    assert world.dispatcher.work_counts() == ({"frames_decoded": 7}, {"items_open": 1, "bytes/disk": 54})

@@ -444,9 +444,7 @@ def test_a_part_that_cannot_be_read_is_asked_for_again(tmp_path: Path, admitted:
 
 
 @pytest.mark.parametrize("how", ["gone", "broken"])
-def test_embeddings_lost_before_or_behind_their_columns_are_asked_for_again(
-    tmp_path: Path, how: str
-) -> None:
+def test_embeddings_lost_before_or_behind_their_columns_are_asked_for_again(tmp_path: Path, how: str) -> None:
     engine = Engine(tmp_path)
     part = engine.part(9)
     if how == "gone":

@@ -134,6 +134,23 @@ def test_a_request_gets_its_tokens_and_one_final_update(pipeline: Pipeline, work
     assert [update.is_final for update in listener.updates].count(True) == 1
 
 
+def test_who_waits_for_a_first_token_is_counted(pipeline: Pipeline, worker: FakeWorker) -> None:
+    listeners = [Listener(), Listener()]
+    first, second = map(pipeline.admit, listeners)
+    assert pipeline.without_token == 0, "their media are not here yet"
+    for request_id in (first, second):
+        pipeline.submit(request_id, TEXT)
+    assert pipeline.counts()["active"] == pipeline.without_token == 2
+    worker.expect(m.PrefillPrompt)
+    worker.send(prefilled(first, sampled(first, 0)))
+    worker.expect(m.PrefillPrompt)
+    worker.expect(m.DecodeFrom)
+    assert pipeline.without_token == 1
+    pipeline.cancel(second)
+    listeners[1].wait()
+    assert pipeline.without_token == 0
+
+
 @pytest.mark.parametrize(
     ("end", "state"),
     [

@@ -53,6 +53,7 @@ class FakeWorker:
         self.capacity = capacity
         self.held: dict[str, int] = {}
         self.losses = 0  # leases that it cannot read, from now on
+        self.unreadable: set[str] = set()  # leases that it cannot read, of prompts
         self.rejects_prompts = False  # preempts each that is whole instead of running it
         self.inbox: list[tuple[int, m.AnyCommand]] = []
         self.encodes: list[tuple[m.EncodeMedia, int]] = []  # with how many parts are published
@@ -105,15 +106,16 @@ class FakeWorker:
         """What it says of a command whose lease it cannot read; it has nothing of the request then."""
         lease: m.Lease | None = None
         if isinstance(command, m.PrefillPrompt):
-            lease = next((part.lease for item in command.items for part in item.parts), None)
+            leases = [part.lease for item in command.items for part in item.parts]
+            lease = next((one for one in leases if one.lease_id in self.unreadable or self.losses), None)
         elif isinstance(command, m.ExtendPrompt) and command.request_id in self.prompts:
             lease = command.part.lease
         elif isinstance(command, m.DecodeFrom):
             lease = command.lease
-        if lease is None or not self.losses:
+        if lease is None or not (self.losses or lease.lease_id in self.unreadable):
             return []
         assert isinstance(command, m.PrefillPrompt | m.ExtendPrompt | m.DecodeFrom)
-        self.losses -= 1
+        self.losses = max(self.losses - 1, 0)
         self.prompts.pop(command.request_id, None)
         self.held.pop(command.request_id, None)
         return [m.LeaseLost(request_id=command.request_id, attempt=command.attempt, lease_id=lease.lease_id)]

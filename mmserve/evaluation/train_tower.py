@@ -37,6 +37,13 @@ def share_embeddings_of_words(model: LlavaOnevisionForConditionalGeneration, tok
         table[index] = table[by_word.setdefault(word, index)]
 
 
+def token_colours(frames: Tensor) -> Tensor:
+    """Mean colours of the four quarters under each pooled token, [F, 36, 12]: red first, row by row."""
+    cells = functional.adaptive_avg_pool2d(frames, 2 * POOLED).unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
+    colours: Tensor = cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    return colours
+
+
 class TowerTask(nn.Module):
     """Classifies tokens by the words for their colour and look, and says where they are.
 
@@ -86,11 +93,7 @@ class TowerTask(nn.Module):
         error = self.offset(tokens)[inside] - truth.offset.to(device)[inside]
         place = torch.arange(POOLED**2, device=device).expand(len(frames), -1).flatten()
         found = functional.cross_entropy(self.place(tokens).flatten(0, 1), place)
-        quarters = (
-            functional.adaptive_avg_pool2d(shown, 2 * POOLED).unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
-        )
-        colours = quarters.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        painted = (self.paint(tokens) - colours).square().mean()
+        painted = (self.paint(tokens) - token_colours(shown)).square().mean()
         return loss + error.square().mean() + 0.6 * found + painted, scores
 
 

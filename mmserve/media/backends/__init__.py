@@ -24,6 +24,9 @@ _MODULES = {
     "torchcodec": "mmserve.media.backends.torchcodec",
 }
 
+# files with an index; in others (MPEG-TS) decord and torchcodec show other frames, or none
+INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+
 
 class Unsuited(Exception):
     """A backend would show this video otherwise than planned; PyAV decodes it instead."""

@@ -12,16 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from mmserve.media.backends import Frame, Unsuited
+from mmserve.media.backends import INDEXED, Frame, Unsuited
 from mmserve.media.container import is_mirrored
 from mmserve.media.limits import MediaLimits
 from mmserve.media.plan import MediaPlan
 
 os.environ.setdefault("PATH", "")  # decord reads it as it loads, and the sandbox has none
 import decord
-
-# it finds its way in files with an index; in MPEG-TS it shows other frames
-_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 
 decord.logging.set_level(decord.logging.QUIET)
 
@@ -39,7 +36,7 @@ class DecordReader:
 
     def __init__(self, path: str | Path, plan: MediaPlan, limits: MediaLimits) -> None:
         assert plan.video is not None
-        if is_mirrored(plan.video.turn) or plan.video.container not in _CONTAINERS or _breaks(plan.width):
+        if is_mirrored(plan.video.turn) or plan.video.container not in INDEXED or _breaks(plan.width):
             raise Unsuited
         self._plan = plan
         self._reader = decord.VideoReader(

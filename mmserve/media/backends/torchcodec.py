@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from torchcodec.decoders import VideoDecoder
 
-from mmserve.media.backends import Frame, Unsuited
+from mmserve.media.backends import INDEXED, Frame, Unsuited
 from mmserve.media.container import UPRIGHT, is_mirrored
 from mmserve.media.limits import MediaLimits
 from mmserve.media.plan import MediaPlan
@@ -30,10 +30,12 @@ def open_video(path: str | Path, plan: MediaPlan, limits: MediaLimits) -> Torchc
 
 
 class TorchcodecReader:
-    """One open file. Mirrored and scaled videos are left to PyAV, rotated ones too before torchcodec 0.11."""
+    """One open file. Mirrored, scaled and unindexed videos are left to PyAV, before 0.11 rotated ones too."""
 
     def __init__(self, path: str | Path, plan: MediaPlan, limits: MediaLimits) -> None:
         assert plan.video is not None
+        if plan.video.container not in INDEXED:
+            raise Unsuited
         self._plan = plan
         self._decoder = VideoDecoder(
             str(path),

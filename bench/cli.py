@@ -139,7 +139,8 @@ def methods(
     """Measure what methods save: first token cold and warm, decode at batch 8, 16 requests at once.
 
     The peer is mmserve without them, on the same random weights, in turn: A B A B. A ratio above 1 is a win.
-    What the methods cost in accuracy is for `mmserve eval` to say.
+    saved_to_prune sets what reduction saves of a warm first token against the time it takes itself. What the
+    methods cost in accuracy is for `mmserve eval` to say.
     """
     from mmserve.bench import methods as bench
 

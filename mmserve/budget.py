@@ -37,11 +37,15 @@ def checked_keep(given: object, name: str = "keep") -> Budget:
 
 def read_keep(text: str, name: str = "keep") -> Budget:
     """A budget as it is written on a command line."""
+    written = text.strip()
+    if written.isascii() and written.isdecimal():
+        return checked_keep(int(written), name)
     try:
-        number = float(text)
+        number = float(written)
     except ValueError:
-        return checked_keep(text.strip(), name)
-    return checked_keep(number, name)
+        return checked_keep(written, name)
+    # "2.0" is more likely meant as a share or a factor than as two tokens
+    return checked_keep(number if number <= 1 else written, name)
 
 
 def is_share(keep: Budget) -> bool:

@@ -38,6 +38,7 @@ from mmserve.options import (
     Prune,
     PruneOptions,
     PruneTextImages,
+    check_options,
     methods_of,
     read_options,
     usage,
@@ -284,6 +285,8 @@ def evaluate(
         seed=suite_seed,
         options=_options(run.ALL_FRAMES if every_frame else num_frames, fps),
     )
+    for methods in plan.sweep:
+        check_options(methods)
     code = run.command(
         plan,
         model,

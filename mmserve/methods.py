@@ -182,7 +182,12 @@ def _known_prune(name: str) -> str:
     outer, plus, inner = name.partition("+")
     if not plus:
         return _known("prune", name)
-    if outer in (*INNER, *CARRIERS, "none") or inner not in INNER:
+    alone = [part for part in (outer, inner) if part in (*CARRIERS, "none")]
+    if alone:
+        raise BadRequest(
+            f"Expected prune {alone[0]} alone, since no method goes with it, but got {name[:80]!r}"
+        )
+    if outer in INNER or inner not in INNER:
         raise BadRequest(
             f"Expected prune of two methods to end with one of {', '.join(INNER)}, which act inside the "
             f"language model, and to begin with another one, but got {name[:80]!r}"

@@ -117,7 +117,7 @@ def methods_of(
     from mmserve.config import MethodDefaults
     from mmserve.methods import choose_methods
 
-    return usage(
+    methods = usage(
         lambda: choose_methods(
             MethodDefaults(),
             keep=None if keep is None else read_keep(keep),
@@ -126,6 +126,16 @@ def methods_of(
             **given,
         )
     )
+    check_options(methods)
+    return methods
+
+
+def check_options(methods: Methods) -> None:
+    """Settings that a method does not have are wrong usage; only where there are any is it loaded."""
+    if methods.prune_options:
+        from mmserve.catalogue import check_methods
+
+        usage(lambda: check_methods(methods))
 
 
 def read_options(text: str | None) -> dict[str, Any]:

@@ -17,8 +17,6 @@ from mmserve.pruning.base import count_by_window, exact_count, floor_share
         ("0.25", 0.25),
         ("1", 1.0),
         ("64", 64),
-        ("64.0", 64),
-        ("1e3", 1000),
         ("16/frame", "16/frame"),
         (" .5", 0.5),
     ],
@@ -38,7 +36,7 @@ def test_anything_else_is_explained(wrong: object) -> None:
         checked_keep(wrong, "keep_image")
 
 
-@pytest.mark.parametrize("wrong", ["nan", "inf", "x", "-3", "16 /frame", "9" * 40])
+@pytest.mark.parametrize("wrong", ["nan", "inf", "x", "-3", "64.0", "1e3", "16 /frame", "9" * 40])
 def test_text_that_is_no_budget_is_refused(wrong: str) -> None:
     with pytest.raises(BadRequest):
         read_keep(wrong)

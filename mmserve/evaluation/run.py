@@ -7,6 +7,7 @@ filled by an earlier setting flatters a later one. Knows nothing about the comma
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -32,6 +33,8 @@ from mmserve.models.resolve import resolve
 from mmserve.progress import progress_bar
 from mmserve.request import MediaOptions, Methods, Timings, Usage
 from mmserve.sampling import SamplingParams
+
+log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 KEEPS = (0.5, 0.25, 0.1)  # of --keep all
@@ -134,6 +137,8 @@ def evaluate(
                 todo = [question for question in questions if question.question_id not in answers]
                 for question, answer in _ask(todo, plan, methods, open_llm):
                     answers[question.question_id] = answer
+                    if answer.error is not None:
+                        log.warning("%s failed: %s", question.question_id, answer.error.public_message)
                     if outputs is not None:
                         outputs.append(_output(suite, settings, question, answer))
                     on_answer()
@@ -173,7 +178,7 @@ def command(
             json_out.write_text(document + "\n", encoding="utf-8")
     failed = sum(row["errors"] for row in rows)
     if failed:
-        typer.echo(f"error: {failed} of {total} questions failed; --outputs says why", err=True)
+        typer.echo(f"error: {failed} of {total} questions failed and count as wrong", err=True)
     return 1 if failed else 0
 
 

@@ -30,6 +30,11 @@ JsonOut = Annotated[
 ]
 
 
+def _named(text: str, every: str = "all") -> tuple[str, ...] | None:
+    """The names of a comma list, each once; None for all of them."""
+    return None if text == every else tuple(dict.fromkeys(text.split(",")))
+
+
 @app.command()
 def engine(
     vs: Annotated[
@@ -76,7 +81,7 @@ def engine(
         lambda: bench.Plan(
             geometry=geometry,
             vs=vs,
-            metrics=None if metrics == "all" else tuple(dict.fromkeys(metrics.split(","))),
+            metrics=_named(metrics),
             rounds=rounds,
             frames=frames,
             tokens=tokens,
@@ -108,7 +113,7 @@ def media(
     """
     from mmserve.bench import media as bench
 
-    names = None if backends == "installed" else tuple(dict.fromkeys(backends.split(",")))
+    names = _named(backends, every="installed")
     plan = usage(lambda: bench.Plan(rounds=rounds, backends=names, cache_dir=cache_dir))
     bench.command(plan, json_out)
 
@@ -156,7 +161,7 @@ def methods(
                 kv_dtype=kv_dtype,
             ),
             geometry=geometry,
-            metrics=None if metrics == "all" else tuple(dict.fromkeys(metrics.split(","))),
+            metrics=_named(metrics),
             rounds=rounds,
             frames=frames,
             threads=threads,
@@ -202,7 +207,7 @@ def encode(
     """
     from mmserve.bench import encode as bench
 
-    names = None if parts == "all" else tuple(dict.fromkeys(parts.split(",")))
+    names = _named(parts)
     plan = usage(
         lambda: bench.Plan(
             parts=names, geometry=geometry, frames=frames, rounds=rounds, seed=seed, cache_dir=cache_dir

@@ -18,7 +18,7 @@ import torch
 from mmserve.bench.agreement import check_exactly, check_nearly
 from mmserve.bench.bound import copy_bandwidth, kv_bytes_per_token, step_bytes
 from mmserve.bench.geometry import build_config, checkpoint, geometry
-from mmserve.bench.pairing import Json, Measure, Metric, alternate, row
+from mmserve.bench.pairing import Json, Measure, Metric, alternate_telling, row
 from mmserve.bench.report import Tell, deliver, document
 from mmserve.bench.requests import QUESTIONS, Ask
 from mmserve.bench.side import PEERS, Job, OpenSide, RemoteSide, Side, SideConfig
@@ -112,17 +112,7 @@ class Session:
 
     def measure(self, name: str, measures: Mapping[str, Measure]) -> dict[str, list[float]]:
         """What every side took in every round."""
-
-        def told(side: str, measure: Measure) -> Measure:
-            def run(number: int) -> float:
-                found = measure(number)
-                self.tell(f"{name} {number + 1}/{self.plan.rounds} {side}: {found:.4g}")
-                return found
-
-            return run
-
-        sides = {side: told(side, measure) for side, measure in measures.items()}
-        return alternate(sides, self.plan.rounds)
+        return alternate_telling(name, measures, self.plan.rounds, self.tell)
 
     def add(
         self,

@@ -18,7 +18,7 @@ import msgspec
 from mmserve.bench.bound import kv_bytes_per_token
 from mmserve.bench.engine import TEXT_TOKENS
 from mmserve.bench.geometry import build_config, checkpoint, geometry
-from mmserve.bench.pairing import Json, Measure, Metric, alternate, row
+from mmserve.bench.pairing import Json, Measure, Metric, alternate_telling, row
 from mmserve.bench.report import Tell, deliver, document
 from mmserve.bench.requests import Ask
 from mmserve.bench.side import Job, OpenSide, RemoteSide, Side, SideConfig
@@ -79,17 +79,9 @@ class Session:
         return tuple(Ask(video=next(self.videos), frames=self.plan.frames) for _ in range(videos))
 
     def measure(self, name: str, ours: Measure, dense: Measure) -> tuple[list[float], list[float]]:
-        def told(side: str, measure: Measure) -> Measure:
-            def run(number: int) -> float:
-                found = measure(number)
-                self.tell(f"{name} {number + 1}/{self.plan.rounds} {side}: {found:.4g}")
-                return found
-
-            return run
-
-        sides = {"ours": told("with", ours), "peer": told("without", dense)}
-        found = alternate(sides, self.plan.rounds)
-        return found["ours"], found["peer"]
+        sides = {"with": ours, "without": dense}
+        found = alternate_telling(name, sides, self.plan.rounds, self.tell)
+        return found["with"], found["without"]
 
     def metric(self, name: str, unit: str, *, more_is_better: bool = False) -> Metric:
         gate = GATES.get(name) if self.plan.is_gated else None

@@ -35,6 +35,22 @@ def alternate(sides: Mapping[str, Measure], rounds: int) -> dict[str, list[float
     return taken
 
 
+def alternate_telling(
+    name: str, sides: Mapping[str, Measure], rounds: int, tell: Callable[[str], None]
+) -> dict[str, list[float]]:
+    """The same; `tell` gets a line whenever a side has been measured."""
+
+    def told(side: str, measure: Measure) -> Measure:
+        def run(number: int) -> float:
+            found = measure(number)
+            tell(f"{name} {number + 1}/{rounds} {side}: {found:.4g}")
+            return found
+
+        return run
+
+    return alternate({side: told(side, measure) for side, measure in sides.items()}, rounds)
+
+
 def row(metric: Metric, ours: Sequence[float], peer: Sequence[float] | None = None, **notes: object) -> Json:
     """One row of a report. `notes` say how a figure came about; without a peer there is no ratio."""
     found: Json = {

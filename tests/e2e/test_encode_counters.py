@@ -68,7 +68,6 @@ def test_one_video_for_32_clients_is_decoded_and_encoded_once(server: Served, cl
     done = more(server, before)
     assert done["items_opened"] == 1
     assert done["frames_decoded"] == done["crops_encoded"] == 32
-    assert done["intervals_decoded"] == 32 // 8
     assert (done["items_encoded"], done["items_cached"]) == (1, 31)
 
 

@@ -147,7 +147,8 @@ class BadServer:
                 threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
-        with suppress(OSError):
+        # also one that was accepted while `close` ran
+        with suppress(OSError), connection:
             self._behave(connection)
 
     def close(self) -> None:

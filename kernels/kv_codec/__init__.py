@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mmserve.kernels.dispatch import backend_for
 from mmserve.kernels.kv_codec import naive
+from mmserve.kernels.kv_codec.cpu import try_store_pages
 from mmserve.kernels.kv_codec.pages import QuantizedPages, empty_pages
 
 __all__ = ["QuantizedPages", "empty_pages", "hadamard", "load_pages", "store_pages", "store_slots"]
@@ -33,7 +34,8 @@ def store_pages(pages: QuantizedPages, k: Tensor, v: Tensor, page_ids: Tensor, c
     Only the first counts int32 [n] slots of each are there; what the others hold is never read.
     """
     if backend_for(k.device) == "naive":
-        naive.store_pages(pages, k, v, page_ids, counts)
+        if k.device.type != "cpu" or not try_store_pages(pages, k, v, page_ids, counts):
+            naive.store_pages(pages, k, v, page_ids, counts)
         return
     from mmserve.kernels.kv_codec import triton
 

@@ -24,13 +24,16 @@ def store_pages(pages: QuantizedPages, k: Tensor, v: Tensor, page_ids: Tensor, c
     if scales.key_axis == "slot":
         _store_rows(pages.k, scales.k_scale, scales.k_zero, k.flatten(0, 1), slots)
         return
-    for page, count, rows in zip(page_ids.tolist(), counts.tolist(), k.float(), strict=True):
-        if count:
-            numbers, scale, zero = quantize(rows[:count].T, pages.k.dtype)
-            pages.k[page, :count] = pack(numbers.T, pages.k.dtype)
-            scales.k_scale[page] = scale
-            if scales.k_zero is not None:
-                scales.k_zero[page] = zero
+    # a page without slots keeps its scales; slots that are not there count like the first
+    known = counts > 0
+    k, page_ids, inside = k[known], page_ids[known].long(), slots.view(k.shape[:2])[known] >= 0
+    rows = torch.where(inside[..., None], k, k[:, :1]).float()
+    numbers, scale, zero = quantize(rows.transpose(1, 2), pages.k.dtype, scales.k_scale.dtype)
+    kept = slots[slots >= 0]
+    pages.k.view(-1, pages.k.shape[2])[kept] = pack(numbers.transpose(1, 2)[inside], pages.k.dtype)
+    scales.k_scale[page_ids] = scale
+    if scales.k_zero is not None:
+        scales.k_zero[page_ids] = zero
 
 
 def load_pages(pages: QuantizedPages, page_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,17 +65,19 @@ def page_slots(page_ids: Tensor, counts: Tensor, page_size: int) -> Tensor:
     return torch.where(offset < counts[:, None], page_ids.long()[:, None] * page_size + offset, -1)
 
 
-def quantize(groups: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Unpacked numbers like fp32 groups [..., n], and the scale and zero [...] of each group."""
+def quantize(
+    groups: Tensor, dtype: torch.dtype, scale_type: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Unpacked numbers like fp32 groups [..., n], and the scale and zero [...] of each group, as stored."""
     if dtype is torch.uint8:
         low, high = groups.aminmax(dim=-1)
-        scale, zero = (high - low) / LARGEST[dtype], low
+        scale, zero = ((high - low) / LARGEST[dtype]).to(scale_type), low.to(scale_type)
     else:
-        scale = groups.abs().amax(-1) / LARGEST[dtype]
+        scale = (groups.abs().amax(-1) / LARGEST[dtype]).to(scale_type)
         zero = torch.zeros_like(scale)
     # a group of equal numbers has no steps
-    steps = torch.where(scale > 0, 1 / scale, 0.0)[..., None]
-    scaled = (groups - zero[..., None]) * steps
+    steps = torch.where(scale > 0, 1 / scale.float(), 0.0)[..., None]
+    scaled = (groups - zero.float()[..., None]) * steps
     limit = LARGEST[dtype]
     if dtype is torch.float8_e4m3fn:
         return scaled.clamp(-limit, limit), scale, zero
@@ -90,7 +95,7 @@ def pack(numbers: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _store_rows(pages: Tensor, scale: Tensor, zero: Tensor | None, rows: Tensor, slots: Tensor) -> None:
     kept = slots >= 0
-    numbers, row_scale, row_zero = quantize(rows[kept].float(), pages.dtype)
+    numbers, row_scale, row_zero = quantize(rows[kept].float(), pages.dtype, scale.dtype)
     pages.view(-1, pages.shape[2])[slots[kept]] = pack(numbers, pages.dtype)
     scale.view(-1)[slots[kept]] = row_scale
     if zero is not None:

@@ -12,7 +12,9 @@ from mmserve.kernels.paged_decode.naive_pages import PageScales
 
 Kind = Literal["int8", "int4", "fp8"]
 KeyAxis = Literal["slot", "channel"]
-PAGE_TYPES = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
+PAGE_TYPES: dict[Kind, torch.dtype] = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
+# KIVI's; numbers beyond its largest, 65504, cannot be the zero of a group
+SCALE_TYPE = torch.float16
 # the largest number stored; int4 counts from 0 and has a zero, the others are symmetric
 LARGEST = {torch.int8: 127.0, torch.uint8: 15.0, torch.float8_e4m3fn: 448.0}
 
@@ -39,8 +41,8 @@ def empty_pages(
     width = d // 2 if kind == "int4" else d
     rows = page_size if key_axis == "slot" else d
     k, v = (torch.zeros(pages, page_size, width, dtype=dtype, device=device) for _ in range(2))
-    k_scale, k_zero = (torch.zeros(pages, rows, device=device) for _ in range(2))
-    v_scale, v_zero = (torch.zeros(pages, page_size, device=device) for _ in range(2))
+    k_scale, k_zero = (torch.zeros(pages, rows, dtype=SCALE_TYPE, device=device) for _ in range(2))
+    v_scale, v_zero = (torch.zeros(pages, page_size, dtype=SCALE_TYPE, device=device) for _ in range(2))
     has_zeros = kind == "int4"
     scales = PageScales(
         key_axis=key_axis,

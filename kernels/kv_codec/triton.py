@@ -16,13 +16,14 @@ HADAMARD_ROWS = 64
 
 @triton.jit
 def _scale_of(low, high, LARGEST: tl.constexpr, ZEROS: tl.constexpr):
-    """Scale, its inverse and zero of groups from their smallest and largest numbers."""
+    """Scale, its inverse and zero of groups from their smallest and largest numbers, as fp16 holds them."""
     if ZEROS:
         scale = (high - low) / LARGEST
-        zero = low
+        zero = low.to(tl.float16).to(tl.float32)
     else:
         scale = tl.maximum(high, -low) / LARGEST
         zero = tl.zeros_like(low)
+    scale = scale.to(tl.float16).to(tl.float32)
     # a group of equal numbers has no steps
     real = scale > 0
     return scale, tl.where(real, 1.0 / tl.where(real, scale, 1.0), 0.0), zero
@@ -41,8 +42,8 @@ def store_rows_fwd_kernel(
     x_ptr,  # [rows, D], D = 2 * HALF
     slots_ptr,  # int64 [rows]
     pages_ptr,  # [slots, D], int4: [slots, HALF]
-    scale_ptr,  # fp32 [slots]
-    zero_ptr,  # fp32 [slots] or None
+    scale_ptr,  # fp16 [slots]
+    zero_ptr,  # fp16 [slots] or None
     rows,
     HALF: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
@@ -100,8 +101,8 @@ def store_channels_fwd_kernel(
     page_ids_ptr,  # int32 [n]
     counts_ptr,  # int32 [n]
     pages_ptr,  # [pages, PAGE_SIZE, D], int4: [pages, PAGE_SIZE, HALF]
-    scale_ptr,  # fp32 [pages, D]
-    zero_ptr,  # fp32 [pages, D] or None
+    scale_ptr,  # fp16 [pages, D]
+    zero_ptr,  # fp16 [pages, D] or None
     PAGE_SIZE: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
     HALF: tl.constexpr,
@@ -142,7 +143,7 @@ def store_channels_fwd_kernel(
 @triton.jit
 def load_pages_fwd_kernel(
     pages_ptr,  # [pages, PAGE_SIZE, D], int4: [pages, PAGE_SIZE, HALF]
-    scale_ptr,  # fp32 [pages, PAGE_SIZE], by channel [pages, D]
+    scale_ptr,  # fp16 [pages, PAGE_SIZE], by channel [pages, D]
     zero_ptr,  # like scale, or None
     page_ids_ptr,  # int32 [n]
     out_ptr,  # [n, PAGE_SIZE, D], D = 2 * HALF

@@ -16,6 +16,8 @@ enum {
     BLOCK = 8,       // query heads at a time: their accumulators fit into registers
 };
 
+struct Quantized;
+
 typedef struct {
     const char *q, *k, *v;  // rows of d elements, contiguous
     int64_t group, d;       // query heads per KV head, elements of a row
@@ -24,6 +26,7 @@ typedef struct {
     int64_t num_runs;
     float scale;  // of a raw score, times log2(e)
     int is_bf16;
+    const struct Quantized *pages;  // NULL where all slots are floats
 } Problem;
 
 typedef struct {
@@ -32,6 +35,8 @@ typedef struct {
     int32_t offset;  // ... and this many slots into it
     int32_t count;
 } Piece;
+
+typedef char Queries[][MAX_D * 4];  // of a group, packed
 
 // a piece's result, for the query heads of a group: the output is acc / sum
 typedef struct {
@@ -76,16 +81,19 @@ static inline uint16_t narrowed(float x) {
     return x != x ? 0x7fc0 : (uint16_t)((bits.u + 0x7fff + ((bits.u >> 16) & 1)) >> 16);
 }
 
+#define INLINE static inline __attribute__((always_inline))
+
 // both define pack_queries and attend_tile
 #ifdef __AVX512BF16__
 #include "cpu_avx512.h"
 #else
 #include "cpu_portable.h"
 #endif
+#include "cpu_quantized.h"
 
 // where a piece's rows begin in K and V, in bytes, and those of AHEAD rows that follow, to be prefetched
-static void piece_rows(const Problem *problem, const Piece *piece, int64_t *rows) {
-    int64_t row_bytes = row_size(problem), run = piece->run, offset = piece->offset;
+static void piece_rows(const Problem *problem, const Piece *piece, int64_t row_bytes, int64_t *rows) {
+    int64_t run = piece->run, offset = piece->offset;
     int64_t at = 0, wanted = piece->count;
     while (1) {
         for (; at < wanted && run < problem->num_runs; run++, offset = 0) {
@@ -106,22 +114,49 @@ static void piece_rows(const Problem *problem, const Piece *piece, int64_t *rows
     for (; at < wanted; at++) rows[at] = rows[at - 1];
 }
 
-static void attend_piece(const Problem *problem, const Piece *piece, Partial partial) {
-    int64_t rows[PIECE + AHEAD];
-    char queries[MAX_GROUP][MAX_D * 4] __attribute__((aligned(64)));
+// fills `queries`, as attend_tile reads them, and the partial result of no slot
+static void begin_piece(const Problem *problem, const Piece *piece, Queries queries, Partial partial) {
     int group = (int)problem->group;
-    int64_t row_bytes = row_size(problem), stride = padded(problem->d);
-    piece_rows(problem, piece, rows);
+    int64_t row_bytes = row_size(problem);
     const char *q = problem->q + piece->head * group * row_bytes;
     for (int g = 0; g < group; g += BLOCK)
         pack_queries(problem, q + g * row_bytes, smaller(group - g, BLOCK), queries[g]);
     for (int g = 0; g < MAX_GROUP; g++) partial.top[g] = -INFINITY, partial.sum[g] = 0;
-    memset(partial.acc, 0, group * stride * sizeof(float));
+    memset(partial.acc, 0, group * padded(problem->d) * sizeof(float));
+}
+
+// one step of the online softmax for all queries of a group
+static void attend_group(const Problem *problem, Queries queries, const int64_t *rows, int count,
+                         Partial partial) {
+    int group = (int)problem->group;
+    for (int g = 0; g < group; g += BLOCK)
+        attend_tile(problem, queries[g], rows, count, smaller(group - g, BLOCK), partial.top + g,
+                    partial.sum + g, partial.acc + g * padded(problem->d));
+}
+
+static void attend_piece(const Problem *problem, const Piece *piece, Partial partial) {
+    int64_t rows[PIECE + AHEAD];
+    char queries[MAX_GROUP][MAX_D * 4] __attribute__((aligned(64)));
+    piece_rows(problem, piece, row_size(problem), rows);
+    begin_piece(problem, piece, queries, partial);
     for (int s = 0; s < piece->count; s += TILE)
-        for (int g = 0; g < group; g += BLOCK)
-            attend_tile(problem, queries[g], rows + s, smaller(piece->count - s, TILE),
-                        smaller(group - g, BLOCK), partial.top + g, partial.sum + g,
-                        partial.acc + g * stride);
+        attend_group(problem, queries, rows + s, smaller(piece->count - s, TILE), partial);
+}
+
+static void attend_quantized_piece(const Problem *problem, const Piece *piece, Partial partial) {
+    int64_t slots[PIECE + AHEAD], rows[TILE + AHEAD] = {0};
+    char queries[MAX_GROUP][MAX_D * 4] __attribute__((aligned(64)));
+    char k[TILE * MAX_D * 4] __attribute__((aligned(64))), v[TILE * MAX_D * 4] __attribute__((aligned(64)));
+    Problem expanded = *problem;
+    expanded.k = k, expanded.v = v;
+    piece_rows(problem, piece, 1, slots);
+    begin_piece(problem, piece, queries, partial);
+    for (int s = 0; s < TILE; s++) rows[s] = s * row_size(problem);
+    for (int s = 0; s < piece->count; s += TILE) {
+        int count = smaller(piece->count - s, TILE);
+        expand_tile(problem, slots + s, (count + 7) / 8 * 8, k, v);
+        attend_group(&expanded, queries, rows, count, partial);
+    }
 }
 
 // outputs of one KV head's query heads from its pieces
@@ -190,6 +225,36 @@ static int64_t count_pieces(const Problem *problem, int64_t heads, int64_t slots
 }
 
 // 0, or 1: out of memory, 2: a run leaves the arrays or a head has no slot
+static int decode(const Problem *problem, int64_t heads, int64_t slots, const int64_t *run_begin, void *out,
+                  int threads) {
+    int64_t num_pieces = count_pieces(problem, heads, slots, run_begin);
+    if (num_pieces < 0) return 2;
+    Piece *pieces = malloc(num_pieces * sizeof(Piece));
+    int64_t *first = malloc((heads + 1) * sizeof(int64_t));
+    float *scratch = aligned_alloc(64, num_pieces * partial_floats(problem) * sizeof(float));
+    if (pieces && first && scratch) {
+        cut_pieces(problem, heads, run_begin, pieces, first);
+        #pragma omp parallel num_threads(threads) if (threads > 1 && num_pieces > 1)
+        {
+            // several in a row, because the end of one prefetches the next
+            #pragma omp for schedule(dynamic, 1 + num_pieces / (8 * threads))
+            for (int64_t p = 0; p < num_pieces; p++) {
+                Partial partial = partial_at(problem, scratch, p);
+                if (problem->pages)
+                    attend_quantized_piece(problem, &pieces[p], partial);
+                else
+                    attend_piece(problem, &pieces[p], partial);
+            }
+            #pragma omp for schedule(static)
+            for (int64_t head = 0; head < heads; head++)
+                merge_head(problem, head, first[head], first[head + 1], scratch, out);
+        }
+    }
+    int failed = !(pieces && first && scratch);
+    free(pieces), free(first), free(scratch);
+    return failed;
+}
+
 int paged_decode(const void *q, const void *k, const void *v, const int64_t *run_first,
                  const int32_t *run_length, const int64_t *run_begin, void *out, int64_t batch,
                  int64_t q_heads, int64_t kv_heads, int64_t d, int64_t slots, float scale, int is_bf16,
@@ -200,25 +265,26 @@ int paged_decode(const void *q, const void *k, const void *v, const int64_t *run
         .run_first = run_first, .run_length = run_length, .num_runs = run_begin[heads],
         .scale = scale * 1.44269504f,
     };
-    int64_t num_pieces = count_pieces(&problem, heads, slots, run_begin);
-    if (num_pieces < 0) return 2;
-    Piece *pieces = malloc(num_pieces * sizeof(Piece));
-    int64_t *first = malloc((heads + 1) * sizeof(int64_t));
-    float *scratch = aligned_alloc(64, num_pieces * partial_floats(&problem) * sizeof(float));
-    if (pieces && first && scratch) {
-        cut_pieces(&problem, heads, run_begin, pieces, first);
-        #pragma omp parallel num_threads(threads) if (threads > 1 && num_pieces > 1)
-        {
-            // several in a row, because the end of one prefetches the next
-            #pragma omp for schedule(dynamic, 1 + num_pieces / (8 * threads))
-            for (int64_t p = 0; p < num_pieces; p++)
-                attend_piece(&problem, &pieces[p], partial_at(&problem, scratch, p));
-            #pragma omp for schedule(static)
-            for (int64_t head = 0; head < heads; head++)
-                merge_head(&problem, head, first[head], first[head + 1], scratch, out);
-        }
-    }
-    int failed = !(pieces && first && scratch);
-    free(pieces), free(first), free(scratch);
-    return failed;
+    return decode(&problem, heads, slots, run_begin, out, threads);
+}
+
+// The same where `slots` of the newest pages, in k and v, follow those of quantized pages.
+int paged_decode_quantized(const void *q, const void *k, const void *v, const int64_t *run_first,
+                           const int32_t *run_length, const int64_t *run_begin, void *out,
+                           const void *k_pages, const void *v_pages, const void *k_scale,
+                           const void *k_zero, const void *v_scale, const void *v_zero, int64_t batch,
+                           int64_t q_heads, int64_t kv_heads, int64_t d, int64_t slots,
+                           int64_t quantized_slots, int64_t page_size, float scale, int is_bf16,
+                           int threads, int kind) {
+    int64_t heads = batch * kv_heads;
+    Quantized pages = {
+        .k = k_pages, .v = v_pages, .k_scale = k_scale, .k_zero = k_zero, .v_scale = v_scale,
+        .v_zero = v_zero, .slots = quantized_slots, .page_size = page_size, .kind = kind,
+    };
+    Problem problem = {
+        .q = q, .k = k, .v = v, .group = q_heads / kv_heads, .d = d, .is_bf16 = is_bf16,
+        .run_first = run_first, .run_length = run_length, .num_runs = run_begin[heads],
+        .scale = scale * 1.44269504f, .pages = &pages,
+    };
+    return decode(&problem, heads, quantized_slots + slots, run_begin, out, threads);
 }

@@ -17,9 +17,10 @@ from torch.nn import functional
 from mmserve.kernels import native
 
 NATIVE_TYPES = (torch.float32, torch.bfloat16)
+SOURCE = Path(__file__).with_name("cpu.c")
 MAX_GROUP = 16
 MAX_HEAD_DIM = 256
-_FAILURES = {1: "no memory for partial results", 2: "a run leaves the arrays, or a head has no slot"}
+FAILURES = {1: "no memory for partial results", 2: "a run leaves the arrays, or a head has no slot"}
 
 
 class _Kernel(Protocol):
@@ -66,13 +67,13 @@ def paged_decode(
     sizes = (batch, q_heads, kv_heads, d, len(k))
     failure = kernel(*pointers, *sizes, scale, q.dtype == torch.bfloat16, torch.get_num_threads())
     if failure:
-        raise RuntimeError(f"paged_decode: {_FAILURES[failure]}")
+        raise RuntimeError(f"paged_decode: {FAILURES[failure]}")
     return out
 
 
 @cache
 def _kernel() -> _Kernel | None:
-    library = native.load(Path(__file__).with_name("cpu.c"))
+    library = native.load(SOURCE)
     if library is None:
         return None
     kernel = library.paged_decode

@@ -2,8 +2,6 @@
 
 #include <immintrin.h>
 
-#define INLINE static inline __attribute__((always_inline))
-
 // acc += a * b in each 32-bit element: one float, or a pair of bf16
 INLINE __m512 dot(__m512 acc, __m512i a, __m512i b, int is_bf16) {
     return is_bf16 ? _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mmserve.kernels.dispatch import backend_for
-from mmserve.kernels.pattern_index import naive
+from mmserve.kernels.pattern_index import cpu, naive
 from mmserve.kernels.pattern_index.naive import Columns, Probe, Residues
 
 __all__ = ["Columns", "Probe", "Residues", "block_scores", "probe", "residue_scores", "select_columns"]
@@ -23,6 +23,8 @@ def probe(q: Tensor, k: Tensor, row_order: Tensor, key_order: Tensor | None, *, 
     keys o places before their row.
     """
     if backend_for(q.device) == "naive":
+        if cpu.is_available(q, k):
+            return cpu.probe(q, k, row_order, key_order, scale=scale)
         return naive.probe(q, k, row_order, key_order, scale=scale)
     # triton is imported only where it runs
     from mmserve.kernels.pattern_index import triton
@@ -45,17 +47,25 @@ def residue_scores(vertical: Tensor, strides: Tensor, *, first: int, last: int) 
 
 
 def block_scores(
-    q: Tensor, k: Tensor, row_order: Tensor, key_order: Tensor | None, *, block: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    row_order: Tensor,
+    key_order: Tensor | None,
+    *,
+    block: int,
+    key_block: int | None = None,
+    scale: float,
 ) -> Tensor:
     """scale * mean of queries . mean of keys, block by block: fp32 [Hq, row blocks, key blocks].
 
-    q [N, Hq, d], row_order int32 [N] ascending. -inf where no row of the block sees the first key.
+    q [N, Hq, d], row_order int32 [N] ascending. Blocks have `block` rows and `key_block` keys, by default as
+    many. -inf where no row of the block sees the first key.
     """
     if backend_for(q.device) == "naive":
-        return naive.block_scores(q, k, row_order, key_order, block=block, scale=scale)
+        return naive.block_scores(q, k, row_order, key_order, block=block, key_block=key_block, scale=scale)
     from mmserve.kernels.pattern_index.blocks import triton
 
-    return triton.block_scores(q, k, row_order, key_order, block=block, scale=scale)
+    return triton.block_scores(q, k, row_order, key_order, block=block, key_block=key_block, scale=scale)
 
 
 def select_columns(

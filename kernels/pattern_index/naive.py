@@ -58,11 +58,20 @@ def residue_scores(vertical: Tensor, strides: Tensor, *, first: int, last: int) 
 
 
 def block_scores(
-    q: Tensor, k: Tensor, row_order: Tensor, key_order: Tensor | None, *, block: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    row_order: Tensor,
+    key_order: Tensor | None,
+    *,
+    block: int,
+    key_block: int | None = None,
+    scale: float,
 ) -> Tensor:
     """As `pattern_index.block_scores`."""
-    scores = scores_of(pool_rows(q, block), pool_rows(k, block), scale)
-    first_keys = torch.arange(0, len(k), block, device=k.device) if key_order is None else key_order[::block]
+    key_block = key_block or block
+    scores = scores_of(pool_rows(q, block), pool_rows(k, key_block), scale)
+    places = torch.arange(0, len(k), key_block, device=k.device)
+    first_keys = places if key_order is None else key_order[places]
     return scores.masked_fill(first_keys > last_orders(row_order, block)[:, None], -torch.inf)
 
 
@@ -108,8 +117,8 @@ def last_orders(row_order: Tensor, block: int) -> Tensor:
 
 def scores_of(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """fp32 [Hq, rows, keys]; query head h reads KV head h // (Hq / Hkv)."""
-    k = k.float().repeat_interleave(q.shape[1] // k.shape[1], 1)
-    return torch.einsum("rhd,khd->hrk", q.float(), k) * scale
+    grouped = q.float().unflatten(1, (k.shape[1], -1))
+    return torch.einsum("rhgd,khd->hgrk", grouped, k.float()).flatten(0, 1) * scale
 
 
 def _hidden(row_order: Tensor, key_order: Tensor | None, keys: int) -> Tensor:

@@ -32,7 +32,9 @@ def prefill_attention(
     """
     if backend_for(q.device) == "naive":
         if cpu_tiles.is_available(q, k):
-            return cpu_tiles.tile_attention(q, k, v, index, scale=scale, tables=tables)
+            return cpu_tiles.tile_attention(
+                q, k, v, index, scale=scale, tables=tables, skip_threshold=skip_threshold
+            )
         out, lse = naive.prefill_attention(q, k, v, index, scale=scale, tables=tables)
         return Partial(out.to(q.dtype), lse)
     # triton is imported only where it runs

@@ -24,6 +24,7 @@ typedef struct {
     int64_t q_row, q_head;        // elements from one row, and one head, to the next
     int64_t kv_row, kv_head;      // the same of contiguous k and v
     float factor;                 // of a raw score, times log2(e)
+    float margin;                 // below 0: raw scores so far below a row's largest count for nothing
 } Problem;
 
 typedef struct {
@@ -170,6 +171,16 @@ static int gather(const Problem *problem, const Tile *tile, Cursor *cursor, Scra
     return count;
 }
 
+// Whether the scores of all rows are too far below the largest ones so far to count.
+INLINE int is_negligible(const float (*scores)[KEYS], const float *top, float margin) {
+    for (int r = 0; r < ROWS; r++) {
+        __m512 most = _mm512_loadu_ps(scores[r]);
+        for (int c = 1; c < KEYS / PANEL; c++) most = _mm512_max_ps(most, _mm512_loadu_ps(scores[r] + c * PANEL));
+        if (_mm512_reduce_max_ps(most) > top[r] + margin) return 0;
+    }
+    return 1;
+}
+
 // One step of the softmax of all rows, over the keys that were gathered.
 static void attend(const Problem *problem, Scratch *scratch, int rows) {
     int64_t pairs = problem->d / 2, channels = (problem->d + 15) / 16 * 16;
@@ -187,6 +198,9 @@ static void attend(const Problem *problem, Scratch *scratch, int rows) {
         if (first > latest) continue;
         for (int part = 0; part < KEYS; part += 64)
             score(scratch->q + at, scratch->k + part * pairs, pairs, (float(*)[KEYS])(scratch->scores[0] + part));
+        if (problem->margin < 0.0f &&
+            is_negligible((const float(*)[KEYS])scratch->scores, scratch->top + at, problem->margin))
+            continue;
         for (int r = 0; r < ROWS; r++) {
             __mmask16 seen[KEYS / PANEL];
             __m512i limit = _mm512_set1_epi32(scratch->limit[at + r]);
@@ -255,10 +269,10 @@ int tile_attention(const void *q, const void *k, const void *v, void *out, void 
                    const int32_t *key_slot, const int32_t *tables, int64_t count, int64_t q_heads,
                    int64_t kv_heads, int64_t d, int64_t block_size, int64_t places, int64_t storage,
                    int64_t max_pages, int64_t page_size, int64_t q_row, int64_t q_head, int64_t kv_row,
-                   int64_t kv_head, float factor, int threads) {
+                   int64_t kv_head, float factor, float skip_log2, int threads) {
     Problem problem = {q, k, v, out, lse, tiles, rows, runs, blocks, columns, row_order, key_begin, key_order,
                        key_slot, tables, q_heads, kv_heads, d, block_size, places, storage, max_pages, page_size,
-                       q_row, q_head, kv_row, kv_head, factor};
+                       q_row, q_head, kv_row, kv_head, factor, skip_log2 / factor};
     int failed = 0;
     #pragma omp parallel num_threads(threads) reduction(| : failed)
     {

@@ -34,13 +34,21 @@ def is_available(q: Tensor, k: Tensor) -> bool:
 
 
 def tile_attention(
-    q: Tensor, k: Tensor, v: Tensor, index: AttentionIndex, *, scale: float, tables: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: AttentionIndex,
+    *,
+    scale: float,
+    tables: Tensor | None = None,
+    skip_threshold: float = 0.0,
 ) -> Partial:
     """As `prefill_attention.prefill_attention`, for bf16 on a CPU; rows of no tile are undefined.
 
     The channels of q, k and v are contiguous, pages wholly. Scores, softmax and sums are fp32, the weights
     bf16. A row's result does not depend on threads, bit for bit; where keys are listed in rising order, not
-    on the other rows of its tile either: else those decide which keys are summed together.
+    on the other rows of its tile either: else those decide which keys are summed together, as they do about
+    what a threshold leaves out.
     """
     kernel = _kernel()
     assert kernel is not None, "asked for where it does not run"
@@ -63,9 +71,8 @@ def tile_attention(
     pointers = [_pointer(each) for each in (q, k, v, out, lse, *lists, begin, *mapped, tables)]
     sizes = (len(index.tiles), q_heads, begin.shape[1], d, index.block_size, places, len(k))
     strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1))
-    failure = kernel(
-        *pointers, *sizes, max_pages, page_size, *strides, scale * math.log2(math.e), torch.get_num_threads()
-    )
+    factors = (scale * math.log2(math.e), math.log2(skip_threshold) if skip_threshold else 0.0)
+    failure = kernel(*pointers, *sizes, max_pages, page_size, *strides, *factors, torch.get_num_threads())
     if failure:
         raise RuntimeError(f"tile_attention: {_FAILURES[failure & 2 or failure]}")
     return Partial(out, lse)
@@ -81,6 +88,6 @@ def _kernel() -> _Kernel | None:
     if library is None:
         return None
     kernel = library.tile_attention
-    kernel.argtypes = [ctypes.c_void_p] * 15 + [ctypes.c_int64] * 13 + [ctypes.c_float, ctypes.c_int]
+    kernel.argtypes = [ctypes.c_void_p] * 15 + [ctypes.c_int64] * 13 + [ctypes.c_float] * 2 + [ctypes.c_int]
     kernel.restype = ctypes.c_int
     return kernel

@@ -1,4 +1,4 @@
-"""Variants of the kernels that serving does not launch yet: codec, saliency, merging, index, `rerotate`.
+"""Variants beside those that serving launches: codec, saliency, merging, index, `rerotate`.
 
 With the shapes of LLaVA-OneVision 7B. Knows nothing about compiling.
 """
@@ -17,7 +17,7 @@ from mmserve.kernels.pattern_index.blocks import triton as blocks
 from mmserve.kernels.saliency import triton as saliency
 from mmserve.kernels.token_merge import triton as merge
 from mmserve.kernels.token_merge.dpc_knn import triton as dpc
-from tests.kernels.aot_variants import POINTER, Variant, typed
+from tests.kernels.aot_variants import POINTER, Variant, store_variants, typed
 
 
 def other_variants(chip: int) -> Iterator[Variant]:
@@ -38,17 +38,11 @@ def codec_variants(chip: int) -> Iterator[Variant]:
     for kind, dtype in PAGE_TYPES.items():
         if kind == "fp8" and chip < 90:
             continue
-        fixed = codec.constants(dtype, 128)
-        zero = {"zero_ptr": "*fp32"} if kind == "int4" else {}
+        zero = {"zero_ptr": "*fp16"} if kind == "int4" else {}
         none: dict[str, object] = {} if kind == "int4" else {"zero_ptr": None}
-        stored = {"pages_ptr": POINTER[dtype], **zero}
-        arguments = typed("x", longs="slots", floats="scale", size="rows") | stored
-        constants = {**fixed, **none, "BLOCK_ROWS": codec.BLOCK_ROWS}
-        yield Variant(f"store_rows_{kind}", codec.store_rows_fwd_kernel, arguments, constants)
-        arguments = typed("x", ints="page_ids counts", floats="scale") | stored
-        constants = {**fixed, **none, "PAGE_SIZE": 32, "BLOCK_SLOTS": 32}
-        yield Variant(f"store_channels_{kind}", codec.store_channels_fwd_kernel, arguments, constants)
-        arguments = typed("out", ints="page_ids", floats="scale") | stored
+        stored = {"pages_ptr": POINTER[dtype], "scale_ptr": "*fp16", **zero}
+        yield from store_variants(kind, dtype)
+        arguments = typed("out", ints="page_ids") | stored
         halves = {"HALF": 64, "BLOCK_HALF": 64, "BLOCK_SLOTS": codec.BLOCK_ROWS, "PAGE_SIZE": 32}
         for by_channel in (False, True):
             constants = {**halves, **none, "BY_CHANNEL": by_channel, "INT4": kind == "int4"}

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from mmserve.kernels.aot import SHARED_LIMIT, compile_ahead
-from tests.attention.served_variants import served_variants
+from tests.attention.served_variants import MODELS, codecs, quantized_variants, served_variants
 from tests.kernels.aot_others import other_variants
 from tests.kernels.aot_variants import Variant, attention_variants
 
@@ -23,6 +23,9 @@ def variants(which: str, chip: int) -> Iterator[Variant]:
     if which == "all":
         for dtype in (torch.float16, torch.float32):
             yield from served_variants(chip, dtype)
+        for name, model in MODELS.items():
+            for kind, pages in codecs(chip) if name != "tiny" else ():
+                yield from quantized_variants(f"{name}_{kind}", model, pages)
         yield from attention_variants(chip)
         yield from other_variants(chip)
 

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from triton.runtime.jit import JITFunction
 
+from mmserve.kernels.kv_codec import triton as codec
 from mmserve.kernels.merge_lse import triton as merge
 from mmserve.kernels.norm_rope import triton as norm
 from mmserve.kernels.paged_decode import triton as decode
@@ -122,7 +123,8 @@ def decode_variant(
     )
     # one split is the result, several are merged in fp32
     arguments |= typed("q", dtype) | typed("out", torch.float32 if is_split else dtype)
-    arguments |= {part: "*fp32" for part, used in optional.items() if used}
+    types = {part: "*fp32" if part == "scores_ptr" else "*fp16" for part in optional}
+    arguments |= {part: types[part] for part, used in optional.items() if used}
     constants |= {part: None for part, used in optional.items() if not used}
     # 16 rows of queries are too few for a warp group: mma.sync on every chip
     return Variant(
@@ -131,9 +133,12 @@ def decode_variant(
     )  # fmt: skip
 
 
-def merge_variant(name: str, *, d: int, dtype: torch.dtype = torch.bfloat16) -> Variant:
-    """As the second stage of decode: from fp32 to the type of its queries."""
-    arguments = typed("out", dtype, floats="outs lses lse", size="parts rows")
+def merge_variant(
+    name: str, *, d: int, dtype: torch.dtype = torch.bfloat16, is_split: bool = True
+) -> Variant:
+    """As the second stage of decode: from fp32 to the type of its queries; or of outputs in that type."""
+    arguments = typed("out", dtype, floats="lses lse", size="parts rows")
+    arguments |= typed("outs", torch.float32 if is_split else dtype)
     return Variant(name, merge.merge_lse_fwd_kernel, arguments, merge.constants(d))
 
 
@@ -169,6 +174,23 @@ def rope_append_variant(
     arguments |= {part: types[part] for part, used in optional.items() if used}
     constants |= {part: None for part, used in optional.items() if not used}
     return Variant(name, norm.rope_append_fwd_kernel, arguments, constants)
+
+
+def store_variants(
+    name: str, pages: torch.dtype, *, d: int = 128, dtype: torch.dtype = torch.bfloat16
+) -> Iterator[Variant]:
+    """Of whole pages: rows of values by slot, and pages of keys by channel."""
+    has_zeros = pages is torch.uint8
+    stored = {"pages_ptr": POINTER[pages], "scale_ptr": "*fp16"} | (
+        {"zero_ptr": "*fp16"} if has_zeros else {}
+    )
+    constants: dict[str, object] = {**codec.constants(pages, d), **({} if has_zeros else {"zero_ptr": None})}
+    arguments = typed("x", dtype, longs="slots", size="rows") | stored
+    rows = constants | {"BLOCK_ROWS": codec.BLOCK_ROWS}
+    yield Variant(f"store_rows_{name}", codec.store_rows_fwd_kernel, arguments, rows)
+    arguments = typed("x", dtype, ints="page_ids counts") | stored
+    channels = constants | {"PAGE_SIZE": 32, "BLOCK_SLOTS": 32}
+    yield Variant(f"store_channels_{name}", codec.store_channels_fwd_kernel, arguments, channels)
 
 
 def mass_variant() -> Variant:

@@ -125,6 +125,11 @@ def test_block_scores_equal_oracle(rows: int, keys: int, group: int, block: int,
         found = blocks_triton.block_scores(q, k, row_order, key_order, block=block, scale=1.0)
         torch.testing.assert_close(found, expected, atol=TOLERANCE[dtype], rtol=0)
     assert found.isinf().any() == (rows > block)
+    sizes: dict[str, Any] = {"block": block, "key_block": 2 * block, "scale": 1.0}
+    expected = naive.block_scores(q, k, order[-rows:], order, **sizes)
+    found = blocks_triton.block_scores(q, k, order[-rows:], order, **sizes)
+    torch.testing.assert_close(found, expected, atol=TOLERANCE[dtype], rtol=0)
+    assert found.shape[2] == -(-keys // (2 * block))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

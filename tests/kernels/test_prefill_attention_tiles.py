@@ -155,6 +155,24 @@ def test_the_public_function_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_keys_far_below_the_largest_are_left_out() -> None:
+    case = causal_case([16], [1024], 2, 16)
+    q, k, v = batch(case, 2, 32, torch.bfloat16)
+    q, k = q.abs() + 0.1, k.abs()
+    # every key of the third step is far below those before it
+    k[512:768] = -30
+    threshold = 1e-4
+    exact = union_attention(q, k, v, case, 1.0)
+    kept = tile_attention(q, k, v, case.index, scale=1.0, skip_threshold=threshold)
+    assert_same(kept, exact, TOLERANCE)
+    v[512:768] = torch.nan
+    again = tile_attention(q, k, v, case.index, scale=1.0, skip_threshold=threshold)
+    assert torch.equal(again.out, kept.out)
+    assert tile_attention(q, k, v, case.index, scale=1.0).out.isnan().all()
+    public = prefill_attention(q, k, v, case.index, scale=1.0, skip_threshold=threshold)
+    assert torch.equal(public.out, kept.out)
+
+
 @pytest.mark.parametrize("place", [-1, 8, 1000])
 def test_a_key_that_is_nowhere_is_an_error(place: int) -> None:
     order = torch.tensor([2000], dtype=torch.int32)

@@ -16,17 +16,21 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from mmserve.attention import cuda
 from mmserve.attention.cuda import CudaAttention
 from mmserve.attention.paged import SequenceRows
+from mmserve.attention.quantized import PageDecoding, QuantizedAttention
 from mmserve.bench.geometry import geometry
 from mmserve.engine.graphs import DecodeGraphs
 from mmserve.kernels.aot import SHARED_LIMIT
 from mmserve.kernels.dispatch import VARIABLE
+from mmserve.kernels.kv_codec.pages import PAGE_TYPES, Kind
 from mmserve.kernels.prefill_attention import triton as prefill
+from mmserve.kv.codec import quantized
+from mmserve.kv.quantized import QuantizedStore
 from mmserve.kv.store import PageStore
 from mmserve.kv.table import PageTable
 from mmserve.models.decoder import TextDecoder
 from mmserve.models.fused import fused_forward
 from mmserve.models.loader import load_checkpoint
-from tests.attention.served_variants import MODELS, Model, model_variants, served_variants
+from tests.attention.served_variants import MODELS, Model, model_variants, quantized_variants, served_variants
 from tests.kernels.aot_variants import POINTER, Variant
 from tests.workers.fakes import tiny_decoder
 
@@ -153,6 +157,38 @@ def test_serving_launches_these_variants_and_no_others(
         monkeypatch.setattr(cuda, "INTERPRETED_SPLITS", splits)
         serve(model)
     assert launches == {launch_of(variant) for variant in model_variants(name, model, chip)}
+
+
+def answer(model: Model, kind: Kind) -> None:
+    """An answer in quantized pages, one of which fills up."""
+    decoder = make_decoder(model)
+    table, floats = PageTable(1, model.kv_heads, 20), PageStore(20, 32, model.d, model.dtype)
+    order = np.arange(64, dtype=np.int32)
+    table.append("a", order, order)
+    store = QuantizedStore(kind, PageTable(1, model.kv_heads, 20), 1, model.d, model.dtype)
+    store.import_("a", quantized(table, floats, "a", kind), 0)
+    order = np.array([64], np.int32)
+    store.append("a", order, order)
+    attention = QuantizedAttention(store, ["a"], None, PageDecoding)
+    x = torch.zeros(1, model.hidden, dtype=model.dtype)
+    fused_forward(decoder, x, torch.from_numpy(order), attention.attend_products)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", PAGE_TYPES)
+@pytest.mark.parametrize("name", MODELS)
+def test_answers_in_quantized_pages_launch_these_variants_besides(
+    name: str, kind: Kind, launches: set[Launch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, pages = MODELS[name], PAGE_TYPES[kind]
+    monkeypatch.setenv(VARIABLE, "interpret")
+    for splits in (1, 2):
+        monkeypatch.setattr(cuda, "INTERPRETED_SPLITS", splits)
+        answer(model, kind)
+    others = {launch_of(variant) for variant in model_variants(name, model, 90)}
+    assert launches - others == {launch_of(variant) for variant in quantized_variants(name, model, pages)}
+    if name == "tiny":
+        assert launches <= {launch_of(variant) for variant in served_variants(90)}
 
 
 def test_models_have_the_sizes_of_their_configurations() -> None:

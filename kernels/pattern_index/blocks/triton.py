@@ -123,15 +123,23 @@ def select_columns_fwd_kernel(
 
 
 def block_scores(
-    q: Tensor, k: Tensor, row_order: Tensor, key_order: Tensor | None, *, block: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    row_order: Tensor,
+    key_order: Tensor | None,
+    *,
+    block: int,
+    key_block: int | None = None,
+    scale: float,
 ) -> Tensor:
     """As `pattern_index.block_scores`; all tensors are contiguous."""
     settings = checked(q, k, row_order, key_order)
-    mean_q, mean_k = pool_rows(q, block), pool_rows(k, block)
+    key_block = key_block or block
+    mean_q, mean_k = pool_rows(q, block), pool_rows(k, key_block)
     if key_order is None:
-        first_keys = torch.arange(0, len(k), block, dtype=torch.int32, device=k.device)
+        first_keys = torch.arange(0, len(k), key_block, dtype=torch.int32, device=k.device)
     else:
-        first_keys = key_order[::block].contiguous()
+        first_keys = key_order[::key_block].contiguous()
     rows, keys = len(mean_q), len(mean_k)
     scores = torch.empty(q.shape[1], rows, keys, dtype=torch.float32, device=q.device)
     block_scores_fwd_kernel[(triton.cdiv(keys, SCORE_TILE), triton.cdiv(rows, SCORE_TILE), q.shape[1])](

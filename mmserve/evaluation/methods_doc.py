@@ -39,7 +39,12 @@ TITLES = {
     ),
     "attention": ("Attention of prompts (`--attention`)", ""),
     "kv": ("KV cache (`--kv`)", ""),
-    "kv_dtype": ("Storage of the KV cache (`--kv-dtype`)", ""),
+    "kv_dtype": (
+        "Storage of the KV cache (`--kv-dtype`)",
+        "One for a deployment. `int8`, `fp8` and `int4` are of answers; prompts are computed "
+        "in the model's type. Keys have a scale per channel and page, values one per slot, as in KIVI "
+        "(https://arxiv.org/abs/2402.02750), and the newest page of every head stays in floats.",
+    ),
 }
 
 MEASURED = """## Measured
@@ -57,7 +62,14 @@ def document(evaluations: Sequence[Json], benches: Sequence[Json]) -> str:
     entries = catalogue.describe()
     for kind, (title, words) in TITLES.items():
         rows = [_listed(entry) for entry in entries if entry["kind"] == kind]
-        parts.append("\n\n".join(filter(None, [f"## {title}", words, _table(COLUMNS, rows)])) + "\n")
+        settings = [
+            (f"`{entry['name']}`", *row)
+            for entry in entries
+            if entry["kind"] == kind
+            for row in catalogue.settings_of(entry)
+        ]
+        tables = [_table(COLUMNS, rows), _table(SETTINGS, settings) if settings else ""]
+        parts.append("\n\n".join(filter(None, [f"## {title}", words, *tables])) + "\n")
     if evaluations:
         parts.append(MEASURED)
         parts += [f"{_source(found)}\n\n{report.markdown(found['rows'])}\n" for found in evaluations]
@@ -67,19 +79,18 @@ def document(evaluations: Sequence[Json], benches: Sequence[Json]) -> str:
     return "\n".join(parts)
 
 
-COLUMNS = ("name", "acts at", "sees the question", "whole item", "count", "defaults", "paper")
+COLUMNS = ("name", "acts at", "sees the question", "whole item", "count", "paper")
+SETTINGS = ("name", "setting", "default", "what it is")
 SPEED = ("metric", "with", "without", "ratio", "gate", "paired runs")
 
 
 def _listed(entry: Json) -> tuple[str, ...]:
-    defaults = ", ".join(f"{name} {value}" for name, value in entry["defaults"].items())
     return (
         f"`{entry['name']}`" + (" (needs trained weights)" if entry["trained_weights"] else ""),
         entry["acts_at"],
         "yes" if entry["needs_query"] else "no",
         "yes" if entry["needs_whole_item"] else "no",
         entry["count"],
-        defaults or "-",
         entry["paper"] or "-",
     )
 
@@ -102,7 +113,7 @@ def _source(found: Json) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(cell or '-' for cell in line)} |" for line in lines)
 
 
 def write(

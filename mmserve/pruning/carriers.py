@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from mmserve.errors import BadRequest
-from mmserve.pruning.base import Modality, Reduced, VisualItem, check_count, check_keep
+from mmserve.pruning.base import Modality, Reduced, VisualItem, check_keep
+from mmserve.pruning.settings import check_values, setting, whole
 
 FOREVER = torch.iinfo(torch.int32).max
 
@@ -103,8 +104,8 @@ class SemanticCarriers:
     trained_weights: ClassVar[bool] = True
     modalities: ClassVar[tuple[Modality, ...]] = ("video",)
 
-    keep: float = 1.0
-    memory: int | None = None
+    keep: float = setting(1.0, "one token of every frame stays: nothing else can be asked for")
+    memory: int | None = whole(None, 1, 65536, "the most frames of a prompt whose carriers stay; none: all")
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
@@ -113,8 +114,7 @@ class SemanticCarriers:
                 "Expected no keep with prune carriers, which keeps one token per frame, "
                 f"but got {self.keep:g}"
             )
-        if self.memory is not None:
-            check_count("memory", self.memory, 1, 65536)
+        check_values(self)
 
     def plan(self, frames: int, tokens: int) -> int:
         return frames * tokens

@@ -8,20 +8,21 @@ turned around, as the published code does for LLaVA.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mmserve.pruning.base import check_keep, exact_count
-from mmserve.pruning.inner import InnerView, Survivors
+from mmserve.pruning.base import exact_count
+from mmserve.pruning.inner import InnerMethod, InnerView, Survivors
+from mmserve.pruning.settings import share_kept
 
 _SMALL = 1e-6  # where so little of a token is new, the rest is rounding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CDPruner:
+class CDPruner(InnerMethod):
     """Keep the share `keep` before the first layer, chosen greedily by a determinantal point process.
 
     Its kernel is diag(r) S diag(r): S the cosines between tokens, r the mean cosine to the text behind the
@@ -30,16 +31,9 @@ class CDPruner:
 
     name: ClassVar[str] = "cdpruner"
     paper: ClassVar[str] = "arXiv:2506.10967"
-    needs_query: ClassVar[bool] = True
-    needs_whole_item: ClassVar[bool] = True
     acts_at: ClassVar[str] = "embeddings"
-    count: ClassVar[Literal["exact"]] = "exact"
-    trained_weights: ClassVar[bool] = False
 
-    keep: float = 0.25
-
-    def __post_init__(self) -> None:
-        check_keep(self.keep)
+    keep: float = share_kept(0.25)
 
     def layers(self, num_layers: int) -> tuple[int, ...]:
         return (0,)

@@ -7,46 +7,26 @@ the cost stays linear in the number of frames. Knows neither saliency nor time.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmserve.pruning.base import Modality, Reduced, VisualItem, check_count, check_keep, count_by_window
+from mmserve.pruning.base import Reduced
 from mmserve.pruning.diversity import max_min_order
 from mmserve.pruning.quotas import even_quotas
 from mmserve.pruning.selection import leading
-from mmserve.pruning.windowed import kept, reduce_by_window
+from mmserve.pruning.windowed import WindowedPruner, kept, window
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DivPrune:
-    """Keep exactly max(1, floor(keep * T * N)) tokens of each window, shared evenly by its frames.
-
-    `window_frames` only says over how many frames the count is exact.
-    """
+class DivPrune(WindowedPruner):
+    """The count of a window is shared evenly by its frames, which do not look at each other."""
 
     name: ClassVar[str] = "divprune"
     paper: ClassVar[str] = "arXiv:2503.02175"
-    needs_query: ClassVar[bool] = False
-    needs_whole_item: ClassVar[bool] = True
-    acts_at: ClassVar[Literal["encoder"]] = "encoder"
-    count: ClassVar[Literal["exact", "bound"]] = "exact"
-    trained_weights: ClassVar[bool] = False
-    modalities: ClassVar[tuple[Modality, ...]] = ("image", "video")
 
-    keep: float
-    window_frames: int = 8
-
-    def __post_init__(self) -> None:
-        check_keep(self.keep)
-        check_count("window_frames", self.window_frames, 0, 65536)
-
-    def plan(self, frames: int, tokens: int) -> int:
-        return count_by_window(self.keep, frames, tokens, self.window_frames)
-
-    def reduce(self, item: VisualItem) -> Reduced:
-        return reduce_by_window(self, item, self._reduce_window)
+    window_frames: int = window(8)
 
     def _reduce_window(self, x: Tensor, saliency: Tensor, budget: int) -> Reduced:
         quotas = even_quotas(len(x), budget)

@@ -8,21 +8,21 @@ prunes the KV cache while decoding, is not part of this. Knows nothing about sal
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmserve.pruning.base import Modality, Reduced, VisualItem, check_count, check_keep, count_by_window
+from mmserve.pruning.base import Reduced, count_by_window
 from mmserve.pruning.quotas import even_quotas
 from mmserve.pruning.selection import top_of_rows
-from mmserve.pruning.windowed import kept, reduce_by_window
+from mmserve.pruning.windowed import WindowedPruner, kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DyCoke:
+class DyCoke(WindowedPruner):
     """Keep exactly max(N, floor(keep * T * N)) tokens of each window; a picture stays as it is.
 
     `keep` stands in for the share the paper drops of each frame: its 0.7 is a `keep` of 0.475. Unlike the
@@ -32,25 +32,9 @@ class DyCoke:
 
     name: ClassVar[str] = "dycoke"
     paper: ClassVar[str] = "arXiv:2411.15024"
-    needs_query: ClassVar[bool] = False
-    needs_whole_item: ClassVar[bool] = True
-    acts_at: ClassVar[Literal["encoder"]] = "encoder"
-    count: ClassVar[Literal["exact", "bound"]] = "exact"
-    trained_weights: ClassVar[bool] = False
-    modalities: ClassVar[tuple[Modality, ...]] = ("image", "video")
-
-    keep: float
-    window_frames: int = 64
-
-    def __post_init__(self) -> None:
-        check_keep(self.keep)
-        check_count("window_frames", self.window_frames, 0, 65536)
 
     def plan(self, frames: int, tokens: int) -> int:
         return count_by_window(self.keep, frames, tokens, self.window_frames, least=tokens)
-
-    def reduce(self, item: VisualItem) -> Reduced:
-        return reduce_by_window(self, item, self._reduce_window)
 
     def _reduce_window(self, x: Tensor, saliency: Tensor, budget: int) -> Reduced:
         frames, tokens = saliency.shape

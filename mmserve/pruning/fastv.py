@@ -6,33 +6,30 @@ The last prompt row is the one that the answer's first token is drawn from. Surv
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from mmserve.pruning.base import check_count, check_keep, exact_count
-from mmserve.pruning.inner import InnerView, Survivors, keep_top
+from mmserve.pruning.base import exact_count
+from mmserve.pruning.inner import InnerMethod, InnerView, Survivors, at_layer, keep_top
+from mmserve.pruning.settings import share_kept, whole
+
+_LAYER = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FastV:
+class FastV(InnerMethod):
     """At the input of layer `layer` (K) keep the share `keep` (1 - R) with most attention of layer K - 1."""
 
     name: ClassVar[str] = "fastv"
     paper: ClassVar[str] = "arXiv:2403.06764"
-    needs_query: ClassVar[bool] = True
-    needs_whole_item: ClassVar[bool] = True
     acts_at: ClassVar[str] = "layer 2"
-    count: ClassVar[Literal["exact"]] = "exact"
-    trained_weights: ClassVar[bool] = False
 
-    keep: float = 0.5
-    layer: int = 2
-
-    def __post_init__(self) -> None:
-        check_keep(self.keep)
-        check_count("layer", self.layer, 1, 1024)
+    keep: float = share_kept(0.5)
+    layer: int | None = whole(
+        None, 1, 1024, "at whose input it acts; none: 2, or the last one of a shallower model"
+    )
 
     def layers(self, num_layers: int) -> tuple[int, ...]:
-        return (min(self.layer, num_layers - 1),) if num_layers > 1 else ()
+        return at_layer(self.name, self.layer, _LAYER, num_layers)
 
     def reduce(self, view: InnerView) -> Survivors:
         rows = keep_top(view, view.attention(1)[0], exact_count(self.keep, view.entered))

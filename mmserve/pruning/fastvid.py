@@ -9,7 +9,7 @@ share, and what is an anchor of one frame is not merged into another's.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -17,21 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmserve.pruning.absorption import assign_by_cosine
-from mmserve.pruning.base import (
-    Modality,
-    Reduced,
-    VisualItem,
-    check_count,
-    check_keep,
-    check_range,
-    count_by_window,
-    floor_share,
-)
+from mmserve.pruning.base import Reduced, floor_share
 from mmserve.pruning.density import peak_scores
 from mmserve.pruning.protect import in_order
 from mmserve.pruning.quotas import Floats, Ints, even_quotas
 from mmserve.pruning.selection import marks, top_of_rows
-from mmserve.pruning.windowed import kept, reduce_by_window
+from mmserve.pruning.settings import number, whole
+from mmserve.pruning.windowed import WindowedPruner, kept
 
 
 class Anchor(NamedTuple):
@@ -48,48 +40,18 @@ class Anchor(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FastVID:
-    """Keep exactly max(1, floor(keep * T * N)) tokens of each window of `window_frames` frames.
-
-    A window is cut into `segments` or more, wherever the cosine of two frames is below `tau`. Each frame
-    gives `context` of its even share to merged tokens, which every `stride`-th frame of a segment, from
-    its last one back, provides. `neighbours` is the K of the density, `beta` the least share that an
-    anchor keeps in its merged token.
-    """
+class FastVID(WindowedPruner):
+    """Each frame has an even share of the count; anchors are counted from the last frame of a segment."""
 
     name: ClassVar[str] = "fastvid"
     paper: ClassVar[str] = "arXiv:2503.11187"
-    needs_query: ClassVar[bool] = False
-    needs_whole_item: ClassVar[bool] = True
-    acts_at: ClassVar[Literal["encoder"]] = "encoder"
-    count: ClassVar[Literal["exact", "bound"]] = "exact"
-    trained_weights: ClassVar[bool] = False
-    modalities: ClassVar[tuple[Modality, ...]] = ("image", "video")
 
-    keep: float
-    segments: int = 8
-    tau: float = 0.9
-    context: float = 0.4
-    stride: int = 4
-    neighbours: int = 4
-    beta: float = 0.6
-    window_frames: int = 64
-
-    def __post_init__(self) -> None:
-        check_keep(self.keep)
-        check_count("segments", self.segments, 1, 65536)
-        check_range("tau", self.tau, -1, 1)
-        check_range("context", self.context, 0, 1)
-        check_count("stride", self.stride, 1, 65536)
-        check_count("neighbours", self.neighbours, 1, 64)
-        check_range("beta", self.beta, 0, 1)
-        check_count("window_frames", self.window_frames, 0, 65536)
-
-    def plan(self, frames: int, tokens: int) -> int:
-        return count_by_window(self.keep, frames, tokens, self.window_frames)
-
-    def reduce(self, item: VisualItem) -> Reduced:
-        return reduce_by_window(self, item, self._reduce_window)
+    segments: int = whole(8, 1, 65536, "the least number of segments of a window")
+    tau: float = number(0.9, -1, 1, "a window is cut wherever two frames have a lower cosine")
+    context: float = number(0.4, 0, 1, "the share of a frame that it gives to merged tokens")
+    stride: int = whole(4, 1, 65536, "every so many frames of a segment one provides merged tokens")
+    neighbours: int = whole(4, 1, 64, "the K of the density")
+    beta: float = number(0.6, 0, 1, "the least share that an anchor keeps in its merged token")
 
     def _reduce_window(self, x: Tensor, saliency: Tensor, budget: int) -> Reduced:
         quotas = even_quotas(len(x), budget)

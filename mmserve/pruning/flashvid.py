@@ -12,72 +12,36 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmserve.pruning.base import (
-    Modality,
-    Reduced,
-    VisualItem,
-    check_count,
-    check_keep,
-    check_range,
-    count_by_window,
-)
+from mmserve.pruning.base import Reduced
 from mmserve.pruning.density import cluster_rows
 from mmserve.pruning.diversity import max_min_order
 from mmserve.pruning.groups import group_by_head
 from mmserve.pruning.protect import in_order
 from mmserve.pruning.quotas import Ints, even_quotas, exact_quotas
 from mmserve.pruning.selection import leading, marks
-from mmserve.pruning.windowed import kept, reduce_by_window
+from mmserve.pruning.settings import number, whole
+from mmserve.pruning.windowed import WindowedPruner, kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FlashVID:
-    """Keep exactly max(1, floor(keep * T * N)) tokens of each window of `window_frames` frames.
-
-    `diverse` is the share of them that is kept as it is, alike in all frames. A token hangs on another
-    where their cosine is above `tau`, within a segment: the clip is cut where the means of two frames
-    have a cosine below `tau_segment`, and where they are least alike until it has `segments`.
-    `neighbours` is the K of DPC-KNN.
-    """
+class FlashVID(WindowedPruner):
+    """A token hangs on others within its segment only; cuts are made where frames are least alike."""
 
     name: ClassVar[str] = "flashvid"
     paper: ClassVar[str] = "arXiv:2602.08024"
-    needs_query: ClassVar[bool] = False
-    needs_whole_item: ClassVar[bool] = True
-    acts_at: ClassVar[Literal["encoder"]] = "encoder"
-    count: ClassVar[Literal["exact", "bound"]] = "exact"
-    trained_weights: ClassVar[bool] = False
-    modalities: ClassVar[tuple[Modality, ...]] = ("image", "video")
 
-    keep: float
-    diverse: float = 0.7
-    tau: float = 0.8
-    tau_segment: float = 0.9
-    segments: int = 8
-    neighbours: int = 7
-    window_frames: int = 64
-
-    def __post_init__(self) -> None:
-        check_keep(self.keep)
-        check_range("diverse", self.diverse, 0, 1)
-        check_range("tau", self.tau, -1, 1)
-        check_range("tau_segment", self.tau_segment, -1, 1)
-        check_count("segments", self.segments, 1, 65536)
-        check_count("neighbours", self.neighbours, 1, 64)
-        check_count("window_frames", self.window_frames, 0, 65536)
-
-    def plan(self, frames: int, tokens: int) -> int:
-        return count_by_window(self.keep, frames, tokens, self.window_frames)
-
-    def reduce(self, item: VisualItem) -> Reduced:
-        return reduce_by_window(self, item, self._reduce_window)
+    diverse: float = number(0.7, 0, 1, "the share of the kept tokens that stay as they are")
+    tau: float = number(0.8, -1, 1, "the cosine above which a token hangs on one of the frame before")
+    tau_segment: float = number(0.9, -1, 1, "the clip is cut where frame means have a lower cosine")
+    segments: int = whole(8, 1, 65536, "the least number of segments")
+    neighbours: int = whole(7, 1, 64, "the K of DPC-KNN")
 
     def _reduce_window(self, x: Tensor, saliency: Tensor, budget: int) -> Reduced:
         unit = F.normalize(x, dim=2)

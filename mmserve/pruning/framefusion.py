@@ -9,57 +9,29 @@ only as many tokens are merged as the budget asks for. Knows nothing about the l
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmserve.pruning.base import (
-    Modality,
-    Reduced,
-    VisualItem,
-    check_count,
-    check_keep,
-    check_range,
-    count_by_window,
-)
+from mmserve.pruning.base import Reduced
 from mmserve.pruning.groups import group_by_head
 from mmserve.pruning.selection import marks
-from mmserve.pruning.windowed import reduce_by_window
+from mmserve.pruning.settings import number
+from mmserve.pruning.windowed import WindowedPruner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FrameFusion:
-    """Keep exactly max(1, floor(keep * T * N)) tokens of each window of `window_frames` frames.
-
-    `similarity` is the least cosine at which a position is merged with itself in the frame before; the
-    most similar are merged first. A merged token is as salient as its tokens are on average.
-    """
+class FrameFusion(WindowedPruner):
+    """The most similar are merged first. A merged token is as salient as its tokens are on average."""
 
     name: ClassVar[str] = "framefusion"
     paper: ClassVar[str] = "arXiv:2501.01986"
-    needs_query: ClassVar[bool] = False
-    needs_whole_item: ClassVar[bool] = True
-    acts_at: ClassVar[Literal["encoder"]] = "encoder"
-    count: ClassVar[Literal["exact", "bound"]] = "exact"
-    trained_weights: ClassVar[bool] = False
-    modalities: ClassVar[tuple[Modality, ...]] = ("image", "video")
 
-    keep: float
-    similarity: float = 0.6
-    window_frames: int = 64
-
-    def __post_init__(self) -> None:
-        check_keep(self.keep)
-        check_range("similarity", self.similarity, -1, 1)
-        check_count("window_frames", self.window_frames, 0, 65536)
-
-    def plan(self, frames: int, tokens: int) -> int:
-        return count_by_window(self.keep, frames, tokens, self.window_frames)
-
-    def reduce(self, item: VisualItem) -> Reduced:
-        return reduce_by_window(self, item, self._reduce_window)
+    similarity: float = number(
+        0.6, -1, 1, "the least cosine at which a position is merged with the frame before"
+    )
 
     def _reduce_window(self, x: Tensor, saliency: Tensor, budget: int) -> Reduced:
         frames, tokens, _ = x.shape

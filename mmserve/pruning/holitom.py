@@ -8,76 +8,48 @@ survivors is exact and the result deterministic. Knows nothing about the languag
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmserve.pruning.base import (
-    Modality,
-    Reduced,
-    VisualItem,
-    check_count,
-    check_keep,
-    check_range,
-    count_by_window,
-)
+from mmserve.pruning.base import Reduced
 from mmserve.pruning.density import merge_clusters
 from mmserve.pruning.protect import in_order
 from mmserve.pruning.quotas import exact_quotas
 from mmserve.pruning.segmentation import Bools, Ints, Segments, run_lengths, segment_frames
 from mmserve.pruning.selection import leading, top_of_rows
-from mmserve.pruning.windowed import reduce_by_window
+from mmserve.pruning.settings import number, whole
+from mmserve.pruning.windowed import WindowedPruner
 
 # entries of the distance table built at once: 256 MiB in fp32
 _MAX_DISTANCES = 2**26
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HoliTom:
-    """Keep exactly max(1, floor(keep * T * N)) tokens of each window of `window_frames` frames.
-
-    `tau` is the cosine above which a position counts as unchanged between two frames; by default 0.8,
-    or 0.65 for `keep` of at most 0.1, as the paper sets it. `beta` is a cluster centre's own share in
-    its merged token, `neighbours` the K of DPC-KNN. `window_frames` 0 takes the whole item at once.
-    """
+class HoliTom(WindowedPruner):
+    """Static tokens and those of each frame share the budget, which bounds what is merged over time."""
 
     name: ClassVar[str] = "holitom"
     paper: ClassVar[str] = "arXiv:2505.21334"
-    needs_query: ClassVar[bool] = False
-    needs_whole_item: ClassVar[bool] = True
-    acts_at: ClassVar[Literal["encoder"]] = "encoder"
-    count: ClassVar[Literal["exact", "bound"]] = "exact"
-    trained_weights: ClassVar[bool] = False
-    modalities: ClassVar[tuple[Modality, ...]] = ("image", "video")
 
-    keep: float
-    tau: float | None = None
-    beta: float = 0.6
-    neighbours: int = 7
-    window_frames: int = 64
-
-    def __post_init__(self) -> None:
-        check_keep(self.keep)
-        if self.tau is not None:
-            check_range("tau", self.tau, 0, 1, low_open=True)
-        check_range("beta", self.beta, 0, 1)
-        check_count("neighbours", self.neighbours, 1, 64)
-        check_count("window_frames", self.window_frames, 0, 65536)
+    tau: float | None = number(
+        None,
+        0,
+        1,
+        "the cosine above which a position is unchanged; none: 0.8, or 0.65 for keep of at most 0.1",
+        low_open=True,
+    )
+    beta: float = number(0.6, 0, 1, "the share of a centre in its merged token")
+    neighbours: int = whole(7, 1, 64, "the K of DPC-KNN")
 
     @property
     def threshold(self) -> float:
         if self.tau is not None:
             return self.tau
         return 0.65 if self.keep <= 0.1 else 0.8
-
-    def plan(self, frames: int, tokens: int) -> int:
-        return count_by_window(self.keep, frames, tokens, self.window_frames)
-
-    def reduce(self, item: VisualItem) -> Reduced:
-        return reduce_by_window(self, item, self._reduce_window)
 
     def _reduce_window(self, x: Tensor, saliency: Tensor, budget: int) -> Reduced:
         frames, tokens = saliency.shape

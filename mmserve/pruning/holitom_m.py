@@ -6,20 +6,21 @@ The published code folds dropped tokens into kept ones one by one; here all at o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mmserve.pruning.base import check_keep, check_range, exact_count
-from mmserve.pruning.inner import InnerView, Survivors, keep_top
+from mmserve.pruning.base import exact_count
+from mmserve.pruning.inner import InnerMethod, InnerView, Survivors, at_depth, keep_top
+from mmserve.pruning.settings import number, share_kept
 
 _BLOCK = 1024  # dropped tokens that are looked at together: tables are kept tokens times these
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HoliTomMerge:
+class HoliTomMerge(InnerMethod):
     """Keep the share `keep` (1 - R) with most attention of layer k - 1, k being `depth` of the layers.
 
     Every other token, in order, becomes half of the kept one that is most like it: both averaged.
@@ -27,21 +28,13 @@ class HoliTomMerge:
 
     name: ClassVar[str] = "holitom_m"
     paper: ClassVar[str] = "arXiv:2505.21334"
-    needs_query: ClassVar[bool] = True
-    needs_whole_item: ClassVar[bool] = True
     acts_at: ClassVar[str] = "layer 18 of 28"
-    count: ClassVar[Literal["exact"]] = "exact"
-    trained_weights: ClassVar[bool] = False
 
-    keep: float = 0.5
-    depth: float = 0.643
-
-    def __post_init__(self) -> None:
-        check_keep(self.keep)
-        check_range("depth", self.depth, 0, 1, low_open=True)
+    keep: float = share_kept(0.5)
+    depth: float = number(0.643, 0, 1, "behind which share of the layers it acts: 18 of 28", low_open=True)
 
     def layers(self, num_layers: int) -> tuple[int, ...]:
-        return (min(max(round(self.depth * num_layers), 1), num_layers - 1),) if num_layers > 1 else ()
+        return at_depth(self.depth, num_layers)
 
     def reduce(self, view: InnerView) -> Survivors:
         rows = keep_top(view, view.attention(1)[0], exact_count(self.keep, view.entered))

@@ -9,6 +9,7 @@ import torch
 
 from mmserve.pruning.base import Modality, Reduced, VisualItem, check_keep
 from mmserve.pruning.protect import gather_tokens
+from mmserve.pruning.settings import setting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +25,7 @@ class NoPruning:
     trained_weights: ClassVar[bool] = False
     modalities: ClassVar[tuple[Modality, ...]] = ("image", "video")
 
-    keep: float = 1.0
+    keep: float = setting(1.0, "everything is kept, whatever it says")
 
     def __post_init__(self) -> None:
         check_keep(self.keep)

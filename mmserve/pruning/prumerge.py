@@ -15,53 +15,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmserve.pruning.base import (
-    Modality,
-    Reduced,
-    VisualItem,
-    check_count,
-    check_flag,
-    check_keep,
-    count_by_window,
-)
+from mmserve.pruning.base import Reduced
 from mmserve.pruning.selection import leading, marked_columns, marks
-from mmserve.pruning.windowed import reduce_by_window
+from mmserve.pruning.settings import flag, whole
+from mmserve.pruning.windowed import WindowedPruner, window
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PruMerge:
+class PruMerge(WindowedPruner):
     """Keep at most max(1, floor(keep * T * N)) tokens of each window, at least one.
 
     Of each frame those stay whose saliency is above Q3 + 1.5 * (Q3 - Q1), the most salient one in any
-    case; of more than the bound, the most salient. With `plus`, tokens at an even stride fill the
-    bound. Each takes in the `neighbours` most similar dropped tokens of its frame, weighted by saliency.
+    case; of more than the bound, the most salient. Each takes in the dropped tokens most like it, weighted
+    by saliency.
     """
 
     name: ClassVar[str] = "prumerge"
     paper: ClassVar[str] = "arXiv:2403.15388"
-    needs_query: ClassVar[bool] = False
-    needs_whole_item: ClassVar[bool] = True
-    acts_at: ClassVar[Literal["encoder"]] = "encoder"
     count: ClassVar[Literal["exact", "bound"]] = "bound"
-    trained_weights: ClassVar[bool] = False
-    modalities: ClassVar[tuple[Modality, ...]] = ("image", "video")
 
-    keep: float
-    plus: bool = False
-    neighbours: int = 32
-    window_frames: int = 8
-
-    def __post_init__(self) -> None:
-        check_keep(self.keep)
-        check_flag("plus", self.plus)
-        check_count("neighbours", self.neighbours, 1, 4096)
-        check_count("window_frames", self.window_frames, 0, 65536)
-
-    def plan(self, frames: int, tokens: int) -> int:
-        return count_by_window(self.keep, frames, tokens, self.window_frames)
-
-    def reduce(self, item: VisualItem) -> Reduced:
-        return reduce_by_window(self, item, self._reduce_window)
+    plus: bool = flag(False, "fill the bound with tokens at an even stride")
+    neighbours: int = whole(32, 1, 4096, "how many dropped tokens of its frame each one takes in")
+    window_frames: int = window(8)
 
     def _reduce_window(self, x: Tensor, saliency: Tensor, budget: int) -> Reduced:
         salient = saliency.to(x.dtype).clamp(min=0)

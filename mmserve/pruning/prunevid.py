@@ -11,65 +11,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmserve.pruning.base import (
-    Modality,
-    Reduced,
-    VisualItem,
-    check_count,
-    check_keep,
-    check_range,
-    count_by_window,
-    floor_share,
-)
+from mmserve.pruning.base import Reduced, floor_share
 from mmserve.pruning.density import cluster_rows, density_peaks
 from mmserve.pruning.groups import group_by_head
 from mmserve.pruning.quotas import exact_quotas
 from mmserve.pruning.segmentation import Bools, Ints
-from mmserve.pruning.windowed import reduce_by_window
+from mmserve.pruning.settings import number, whole
+from mmserve.pruning.windowed import WindowedPruner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PruneVid:
-    """Keep exactly max(1, floor(keep * T * N)) tokens of each window of `window_frames` frames.
-
-    There are `segments` * T segments. A position is static where the cosines of all pairs of its frames
-    are above `tau` on average. `neighbours` is the K of DPC-KNN; a cluster becomes its plain mean.
-    """
+class PruneVid(WindowedPruner):
+    """A cluster becomes its plain mean."""
 
     name: ClassVar[str] = "prunevid"
     paper: ClassVar[str] = "arXiv:2412.16117"
-    needs_query: ClassVar[bool] = False
-    needs_whole_item: ClassVar[bool] = True
-    acts_at: ClassVar[Literal["encoder"]] = "encoder"
-    count: ClassVar[Literal["exact", "bound"]] = "exact"
-    trained_weights: ClassVar[bool] = False
-    modalities: ClassVar[tuple[Modality, ...]] = ("image", "video")
 
-    keep: float
-    tau: float = 0.8
-    segments: float = 0.25
-    neighbours: int = 7
-    window_frames: int = 64
-
-    def __post_init__(self) -> None:
-        check_keep(self.keep)
-        check_range("tau", self.tau, -1, 1)
-        check_range("segments", self.segments, 0, 1, low_open=True)
-        check_count("neighbours", self.neighbours, 1, 64)
-        check_count("window_frames", self.window_frames, 0, 65536)
-
-    def plan(self, frames: int, tokens: int) -> int:
-        return count_by_window(self.keep, frames, tokens, self.window_frames)
-
-    def reduce(self, item: VisualItem) -> Reduced:
-        return reduce_by_window(self, item, self._reduce_window)
+    tau: float = number(
+        0.8, -1, 1, "a position is static where pairs of its frames have a higher cosine on average"
+    )
+    segments: float = number(0.25, 0, 1, "segments per frame", low_open=True)
+    neighbours: int = whole(7, 1, 64, "the K of DPC-KNN")
 
     def _reduce_window(self, x: Tensor, saliency: Tensor, budget: int) -> Reduced:
         frames, tokens, _ = x.shape

@@ -12,8 +12,9 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 
-from mmserve.pruning.base import Modality, Reduced, VisualItem, check_count, check_keep, exact_count
+from mmserve.pruning.base import Modality, Reduced, VisualItem, check_keep, exact_count
 from mmserve.pruning.protect import gather_tokens, reduce_unprotected
+from mmserve.pruning.settings import check_values, whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,11 +31,11 @@ class RandomPruning:
     modalities: ClassVar[tuple[Modality, ...]] = ("image", "video")
 
     keep: float
-    seed: int = 0
+    seed: int = whole(0, 0, 2**63 - 1, "another seed, another draw")
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
-        check_count("seed", self.seed, 0, 2**63 - 1)
+        check_values(self)
 
     def plan(self, frames: int, tokens: int) -> int:
         return exact_count(self.keep, frames * tokens)

@@ -9,59 +9,33 @@ its component that is most like it, at whose place the merged token stands. Know
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmserve.pruning.base import (
-    Modality,
-    Reduced,
-    VisualItem,
-    check_count,
-    check_keep,
-    check_range,
-    count_by_window,
-)
+from mmserve.pruning.base import Reduced
 from mmserve.pruning.groups import group_by_head, merge_by_head
 from mmserve.pruning.linkage import components, spanning_trees
-from mmserve.pruning.windowed import reduce_by_window
+from mmserve.pruning.settings import number
+from mmserve.pruning.windowed import WindowedPruner, window
 
 _ROWS = 256  # of a table of similarities computed at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scissor:
-    """Keep exactly max(1, floor(keep * T * N)) tokens of each window of `window_frames` frames.
+class Scissor(WindowedPruner):
+    """Connects the most similar tokens first, and no more than the budget asks for.
 
-    `tau` is the cosine above which tokens of a frame are connected, the most similar first, and no more
-    than the budget asks for. Costs grow with the square of the window's tokens.
+    Costs grow with the square of the tokens of a window.
     """
 
     name: ClassVar[str] = "scissor"
     paper: ClassVar[str] = "arXiv:2506.21862"
-    needs_query: ClassVar[bool] = False
-    needs_whole_item: ClassVar[bool] = True
-    acts_at: ClassVar[Literal["encoder"]] = "encoder"
-    count: ClassVar[Literal["exact", "bound"]] = "exact"
-    trained_weights: ClassVar[bool] = False
-    modalities: ClassVar[tuple[Modality, ...]] = ("image", "video")
 
-    keep: float
-    tau: float = 0.9
-    window_frames: int = 8
-
-    def __post_init__(self) -> None:
-        check_keep(self.keep)
-        check_range("tau", self.tau, -1, 1)
-        check_count("window_frames", self.window_frames, 0, 65536)
-
-    def plan(self, frames: int, tokens: int) -> int:
-        return count_by_window(self.keep, frames, tokens, self.window_frames)
-
-    def reduce(self, item: VisualItem) -> Reduced:
-        return reduce_by_window(self, item, self._reduce_window)
+    tau: float = number(0.9, -1, 1, "the cosine above which tokens of a frame are connected")
+    window_frames: int = window(8)
 
     def _reduce_window(self, x: Tensor, saliency: Tensor, budget: int) -> Reduced:
         unit = F.normalize(x, dim=2)

@@ -7,22 +7,23 @@ batches can be planned. Its three stages then keep nearly what the published set
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mmserve.pruning.base import check_keep, exact_count
+from mmserve.pruning.base import exact_count
 from mmserve.pruning.density import cluster_rows
-from mmserve.pruning.inner import InnerView, Survivors, keep_top
+from mmserve.pruning.inner import InnerMethod, InnerView, Survivors, keep_top
+from mmserve.pruning.settings import share_kept
 
 _STAGES = (3, 7, 16)  # of 32 layers
 _DEPTH = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SparseVLM:
+class SparseVLM(InnerMethod):
     """Thin out in three stages, by the same factor each, until the share `keep` is left.
 
     Raters are the words behind the last item that the visual embeddings point at more than at the average
@@ -31,16 +32,9 @@ class SparseVLM:
 
     name: ClassVar[str] = "sparsevlm"
     paper: ClassVar[str] = "arXiv:2410.04417"
-    needs_query: ClassVar[bool] = True
-    needs_whole_item: ClassVar[bool] = True
     acts_at: ClassVar[str] = "layers 3, 7 and 16 of 32"
-    count: ClassVar[Literal["exact"]] = "exact"
-    trained_weights: ClassVar[bool] = False
 
-    keep: float = 0.33
-
-    def __post_init__(self) -> None:
-        check_keep(self.keep)
+    keep: float = share_kept(0.33)
 
     def layers(self, num_layers: int) -> tuple[int, ...]:
         """Before the first one raters are chosen; shallow models have fewer stages."""

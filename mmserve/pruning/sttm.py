@@ -10,25 +10,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mmserve.pruning.base import (
-    Modality,
-    Reduced,
-    VisualItem,
-    check_count,
-    check_keep,
-    check_range,
-    count_by_window,
-)
+from mmserve.pruning.base import Reduced, VisualItem
 from mmserve.pruning.groups import merge_by_head
 from mmserve.pruning.quadtree import Grids, Ints, Quadtree, grids_of, quadtree
-from mmserve.pruning.windowed import reduce_by_window
+from mmserve.pruning.settings import number
+from mmserve.pruning.windowed import WindowedPruner
 
 Floats = npt.NDArray[np.floating]
 Bools = npt.NDArray[np.bool_]
@@ -38,39 +31,21 @@ _EPS = 1e-12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class STTM:
-    """Keep exactly max(1, floor(keep * T * N)) tokens of each window of `window_frames` frames.
+class STTM(WindowedPruner):
+    """The thresholds of the paper are 0.8 to 0.85 in space and 0.55 to 0.65 over time.
 
-    `step` is how much lower the cosine may be between frames than within one: the paper's thresholds are
-    0.8 to 0.85 in space and 0.55 to 0.65 over time. A merged token is the mean of all of its tokens and
-    stands at the first one's place.
+    A merged token is the mean of all of its tokens and stands at the place of the first.
     """
 
     name: ClassVar[str] = "sttm"
     paper: ClassVar[str] = "arXiv:2507.07990"
-    needs_query: ClassVar[bool] = False
-    needs_whole_item: ClassVar[bool] = True
-    acts_at: ClassVar[Literal["encoder"]] = "encoder"
-    count: ClassVar[Literal["exact", "bound"]] = "exact"
-    trained_weights: ClassVar[bool] = False
-    modalities: ClassVar[tuple[Modality, ...]] = ("image", "video")
 
-    keep: float
-    step: float = 0.2
-    window_frames: int = 64
-
-    def __post_init__(self) -> None:
-        check_keep(self.keep)
-        check_range("step", self.step, 0, 2)
-        check_count("window_frames", self.window_frames, 0, 65536)
-
-    def plan(self, frames: int, tokens: int) -> int:
-        return count_by_window(self.keep, frames, tokens, self.window_frames)
+    step: float = number(0.2, 0, 2, "how much lower the cosine may be between frames than within one")
 
     def reduce(self, item: VisualItem) -> Reduced:
-        return reduce_by_window(self, item, partial(self._reduce_window, grids=item.grids))
+        return self._by_window(item, partial(self._reduce_window, grids=item.grids))
 
-    def _reduce_window(self, x: Tensor, saliency: Tensor, budget: int, grids: Grids | None) -> Reduced:
+    def _reduce_window(self, x: Tensor, saliency: Tensor, budget: int, grids: Grids | None = None) -> Reduced:
         tree = quadtree(grids_of(x.shape[1], grids))
         likeness = _likeness(x, tree)
         formed = likeness.within >= self._threshold(likeness, tree, budget)

@@ -8,50 +8,31 @@ the order of the picture, and the rounds end at an exact count. Knows neither sa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mmserve.pruning.base import Modality, Reduced, VisualItem, check_count, check_keep, count_by_window
+from mmserve.pruning.base import Reduced
 from mmserve.pruning.groups import group_by_head, merge_by_head
 from mmserve.pruning.quotas import even_quotas
-from mmserve.pruning.windowed import reduce_by_window
+from mmserve.pruning.settings import whole
+from mmserve.pruning.windowed import WindowedPruner, window
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ToMe:
-    """Keep exactly max(1, floor(keep * T * N)) tokens of each window, shared evenly by its frames.
+class ToMe(WindowedPruner):
+    """The count of a window is shared evenly by its frames, which do not look at each other.
 
-    As many tokens are merged in each of `rounds`; more rounds are added where a round, which halves a
-    frame at most, cannot do its share. Frames do not look at each other: `window_frames` only says over
-    how many of them the count is exact.
+    Rounds are added where one, which halves a frame at most, cannot do its share.
     """
 
     name: ClassVar[str] = "tome"
     paper: ClassVar[str] = "arXiv:2210.09461"
-    needs_query: ClassVar[bool] = False
-    needs_whole_item: ClassVar[bool] = True
-    acts_at: ClassVar[Literal["encoder"]] = "encoder"
-    count: ClassVar[Literal["exact", "bound"]] = "exact"
-    trained_weights: ClassVar[bool] = False
-    modalities: ClassVar[tuple[Modality, ...]] = ("image", "video")
 
-    keep: float
-    rounds: int = 8
-    window_frames: int = 8
-
-    def __post_init__(self) -> None:
-        check_keep(self.keep)
-        check_count("rounds", self.rounds, 1, 64)
-        check_count("window_frames", self.window_frames, 0, 65536)
-
-    def plan(self, frames: int, tokens: int) -> int:
-        return count_by_window(self.keep, frames, tokens, self.window_frames)
-
-    def reduce(self, item: VisualItem) -> Reduced:
-        return reduce_by_window(self, item, self._reduce_window)
+    rounds: int = whole(8, 1, 64, "in each of so many rounds as many tokens are merged")
+    window_frames: int = window(8)
 
     def _reduce_window(self, x: Tensor, saliency: Tensor, budget: int) -> Reduced:
         frames, tokens, _ = x.shape

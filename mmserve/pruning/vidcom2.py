@@ -7,62 +7,34 @@ centres survive. Knows nothing about saliency.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmserve.pruning.base import (
-    Modality,
-    Reduced,
-    VisualItem,
-    check_count,
-    check_keep,
-    check_range,
-    count_by_window,
-    floor_share,
-)
+from mmserve.pruning.base import Reduced, floor_share
 from mmserve.pruning.quotas import weighted_quotas
 from mmserve.pruning.selection import top_of_rows
-from mmserve.pruning.windowed import kept, reduce_by_window
+from mmserve.pruning.settings import number
+from mmserve.pruning.windowed import WindowedPruner, kept
 
 _BANDWIDTHS = (1 / 8, 1 / 4, 1 / 2, 1, 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VidCom2:
-    """Keep exactly max(1, floor(keep * T * N)) tokens of each window of `window_frames` frames.
-
-    `channels` is the share of channels compared, those of least variance; `temperature` that of the
-    softmax by which frames share the budget: the lower, the more goes to the one that stands out most.
-    """
+class VidCom2(WindowedPruner):
+    """Frames share the budget of a window by how much they stand out."""
 
     name: ClassVar[str] = "vidcom2"
     paper: ClassVar[str] = "arXiv:2505.14454"
-    needs_query: ClassVar[bool] = False
-    needs_whole_item: ClassVar[bool] = True
-    acts_at: ClassVar[Literal["encoder"]] = "encoder"
-    count: ClassVar[Literal["exact", "bound"]] = "exact"
-    trained_weights: ClassVar[bool] = False
-    modalities: ClassVar[tuple[Modality, ...]] = ("image", "video")
 
-    keep: float
-    channels: float = 0.5
-    temperature: float = 0.01
-    window_frames: int = 64
-
-    def __post_init__(self) -> None:
-        check_keep(self.keep)
-        check_range("channels", self.channels, 0, 1, low_open=True)
-        check_range("temperature", self.temperature, 1e-4, 1e4)
-        check_count("window_frames", self.window_frames, 0, 65536)
-
-    def plan(self, frames: int, tokens: int) -> int:
-        return count_by_window(self.keep, frames, tokens, self.window_frames)
-
-    def reduce(self, item: VisualItem) -> Reduced:
-        return reduce_by_window(self, item, self._reduce_window)
+    channels: float = number(
+        0.5, 0, 1, "the share of channels compared, those of least variance", low_open=True
+    )
+    temperature: float = number(
+        0.01, 1e-4, 1e4, "of the softmax that shares the budget: low gives more to frames that stand out"
+    )
 
     def _reduce_window(self, x: Tensor, saliency: Tensor, budget: int) -> Reduced:
         unit = F.normalize(self._stable_channels(x), dim=2)

@@ -8,7 +8,7 @@ tower's keys, the stride leaves no end of a frame without targets, and a merged 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -16,52 +16,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmserve.pruning.absorption import assign_by_cosine
-from mmserve.pruning.base import (
-    Modality,
-    Reduced,
-    VisualItem,
-    check_count,
-    check_keep,
-    check_range,
-    count_by_window,
-)
+from mmserve.pruning.base import Reduced
 from mmserve.pruning.protect import in_order
 from mmserve.pruning.quotas import Ints, even_quotas
 from mmserve.pruning.selection import leading, marked_columns, marks, top_of_rows
-from mmserve.pruning.windowed import reduce_by_window
+from mmserve.pruning.settings import number
+from mmserve.pruning.windowed import WindowedPruner, window
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VisionZip:
-    """Keep exactly max(1, floor(keep * T * N)) tokens of each window, shared evenly by its frames.
+class VisionZip(WindowedPruner):
+    """The count of a window is shared evenly by its frames.
 
-    `dominant` is the share of them that is kept for its saliency; the rest are merged tokens. Frames do
-    not look at each other: `window_frames` only says over how many of them the count is exact.
+    What is not kept for its saliency is merged. Frames do not look at each other.
     """
 
     name: ClassVar[str] = "visionzip"
     paper: ClassVar[str] = "arXiv:2412.04467"
-    needs_query: ClassVar[bool] = False
-    needs_whole_item: ClassVar[bool] = True
-    acts_at: ClassVar[Literal["encoder"]] = "encoder"
-    count: ClassVar[Literal["exact", "bound"]] = "exact"
-    trained_weights: ClassVar[bool] = False
-    modalities: ClassVar[tuple[Modality, ...]] = ("image", "video")
 
-    keep: float
-    dominant: float = 54 / 64
-    window_frames: int = 8
-
-    def __post_init__(self) -> None:
-        check_keep(self.keep)
-        check_range("dominant", self.dominant, 0, 1)
-        check_count("window_frames", self.window_frames, 0, 65536)
-
-    def plan(self, frames: int, tokens: int) -> int:
-        return count_by_window(self.keep, frames, tokens, self.window_frames)
-
-    def reduce(self, item: VisualItem) -> Reduced:
-        return reduce_by_window(self, item, self._reduce_window)
+    dominant: float = number(54 / 64, 0, 1, "the share of the kept tokens that are chosen by saliency")
+    window_frames: int = window(8)
 
     def _reduce_window(self, x: Tensor, saliency: Tensor, budget: int) -> Reduced:
         quotas = even_quotas(len(x), budget)

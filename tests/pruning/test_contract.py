@@ -211,7 +211,7 @@ def test_unknown_name_is_refused_with_the_known_ones() -> None:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"depth": 3}, "Expected settings of holitom to be one of tau, beta, neighbours, window_frames"),
+        ({"depth": 3}, "Expected settings of holitom to be one of window_frames, tau, beta, neighbours"),
         ({"tau": 0}, "Expected tau above 0 to 1, but got 0"),
         ({"tau": float("nan")}, "Expected tau above 0 to 1, but got nan"),
         ({"beta": 1.5}, "Expected beta from 0 to 1, but got 1.5"),

@@ -16,14 +16,27 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from mmserve.errors import BadRequest
+from mmserve.methods import WITH_WEIGHTS
 from mmserve.pruning.base import exact_count
 from mmserve.pruning.cdpruner import most_diverse, relevance
 from mmserve.pruning.holitom_m import merge_into
 from mmserve.pruning.inner import REDUCERS, InnerReducer, InnerView, Survivors, load_reducer, make_reducer
 from mmserve.pruning.sparsevlm import raters, recycled
+from tests.pruning.predictors import HEADS, write_predictor
 
 KV_HEADS, GROUP, WIDTH, HIDDEN = 2, 3, 8, 12
 every_method = pytest.mark.parametrize("name", sorted(REDUCERS))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_predictor(tmp_path_factory.mktemp("weights") / "predictor.safetensors", HIDDEN)
+
+
+def make(name: str, weights: str, keep: float | None = None) -> InnerReducer:
+    """A method with what it cannot do without."""
+    given = {"weights": weights, "heads": HEADS} if name in WITH_WEIGHTS else {}
+    return make_reducer(name, keep, **given)
 
 
 def make_view(
@@ -40,6 +53,7 @@ def make_view(
         hidden=torch.randn(rows, HIDDEN, generator=rng),
         is_visual=is_visual,
         is_reducible=torch.arange(rows) < visual,
+        patch=torch.arange(rows) % 4,
         queries=torch.randn(max(words, 1), KV_HEADS * GROUP, WIDTH, generator=rng),
         keys=torch.randn(KV_HEADS, before + rows, WIDTH, generator=rng),
     )
@@ -61,6 +75,7 @@ def through(method: InnerReducer, view: InnerView) -> list[Survivors]:
             hidden=found.hidden,
             is_visual=view.is_visual[rows],
             is_reducible=view.is_reducible[rows],
+            patch=view.patch[rows],
             keys=torch.cat([view.keys[:, :older], view.keys[:, older:][:, rows]], 1),
         )
     return passed
@@ -75,9 +90,9 @@ def through(method: InnerReducer, view: InnerView) -> list[Survivors]:
 )
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_counts_are_exact_and_only_visual_rows_go(
-    name: str, visual: int, words: int, keep: float, seed: int
+    name: str, weights: str, visual: int, words: int, keep: float, seed: int
 ) -> None:
-    method, view = make_reducer(name, keep), make_view(visual, seed=seed, words=words)
+    method, view = make(name, weights, keep), make_view(visual, seed=seed, words=words)
     passed = through(method, view)
     rows = torch.arange(len(view.hidden))
     for found in passed:
@@ -91,47 +106,48 @@ def test_counts_are_exact_and_only_visual_rows_go(
 
 
 @every_method
-def test_to_keep_everything_changes_nothing(name: str) -> None:
+def test_to_keep_everything_changes_nothing(name: str, weights: str) -> None:
     view = make_view(17)
-    for found in through(make_reducer(name, 1.0), view):
+    for found in through(make(name, weights, 1.0), view):
         assert found.rows.tolist() == list(range(len(view.hidden)))
         assert torch.equal(found.hidden, view.hidden)
 
 
 @every_method
-def test_two_runs_give_the_same_bits(name: str) -> None:
-    first, second = (through(make_reducer(name, 0.3), make_view(50, seed=4))[-1] for _ in range(2))
+def test_two_runs_give_the_same_bits(name: str, weights: str) -> None:
+    first, second = (through(make(name, weights, 0.3), make_view(50, seed=4))[-1] for _ in range(2))
     assert torch.equal(first.rows, second.rows)
     assert torch.equal(first.hidden, second.hidden)
 
 
 @every_method
 @pytest.mark.parametrize("layers", range(1, 34))
-def test_it_acts_inside_any_model(name: str, layers: int) -> None:
-    at = make_reducer(name).layers(layers)
+def test_it_acts_inside_any_model(name: str, layers: int, weights: str) -> None:
+    at = make(name, weights).layers(layers)
     assert list(at) == sorted(set(at))
     assert all(0 <= layer < layers for layer in at)
     assert at or layers == 1
 
 
 @every_method
-def test_method_is_a_frozen_dataclass_that_declares_itself(name: str) -> None:
+def test_method_is_a_frozen_dataclass_that_declares_itself(name: str, weights: str) -> None:
     method = load_reducer(name)
     assert method.name == name
     assert method.paper.startswith("arXiv:")
     assert dataclasses.fields(method)[0].name == "keep"
-    assert method.needs_query
+    # the question comes behind what a trained network looks at
+    assert method.needs_query != method.trained_weights
+    assert method.trained_weights == (name in WITH_WEIGHTS)
     assert method.needs_whole_item
     assert method.count == "exact"
-    assert not method.trained_weights
     with pytest.raises(BadRequest, match="Expected keep above 0 to 1"):
-        make_reducer(name, 0.0)
+        make(name, weights, 0.0)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        make_reducer(name).keep = 1.0  # type: ignore[misc]  # assigning is what must fail
+        make(name, weights).keep = 1.0  # type: ignore[misc]  # assigning is what must fail
 
 
 def test_unknown_name_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(BadRequest, match="fastv, holitom_m, cdpruner, sparsevlm, but got 'fast'"):
+    with pytest.raises(BadRequest, match=r"fastv, holitom_m, .*, but got 'fast'"):
         make_reducer("fast")
 
 
@@ -140,6 +156,16 @@ def test_where_they_act_in_the_papers_models() -> None:
     assert make_reducer("holitom_m").layers(28) == (18,)
     assert make_reducer("cdpruner").layers(28) == (0,)
     assert make_reducer("sparsevlm").layers(32) == (0, 3, 7, 16)
+    assert make_reducer("prunevid_m").layers(32) == (11,)
+    assert make_reducer("framefusion_m").layers(28) == (0, 1, 2, 3)
+    assert make_reducer("flashvid_m").layers(28) == (20,)
+
+
+def test_a_layer_that_a_model_does_not_have_is_refused() -> None:
+    assert make_reducer("fastv").layers(2) == (1,)
+    assert make_reducer("fastv", layer=3).layers(4) == (3,)
+    with pytest.raises(BadRequest, match=r"Expected a layer below 4 with prune fastv, .*, but got 4"):
+        make_reducer("fastv", layer=4).layers(4)
 
 
 def test_the_contract_needs_no_torch() -> None:

@@ -78,7 +78,7 @@ class SiglipEncoder(nn.Module):
         states = [self.tower.embeddings(pixels.to(self.newline.device, self.newline.dtype))]
         for layer in self.tower.encoder.layers:
             states.append(layer(states[-1], None))
-        saliency = _attention_received(layer, states[-2])
+        saliency = attention_received(layer, states[-2])
         rows = self.projector(torch.cat([states[depth] for depth in self.depths], dim=-1))
         return Features(rows, saliency)
 
@@ -108,7 +108,7 @@ class SiglipEncoder(nn.Module):
         return torch.cat([rows[0], torch.cat([whole, ends], dim=-1).flatten(1).T])
 
 
-def _attention_received(layer: SiglipEncoderLayer, hidden: Tensor) -> Tensor:
+def attention_received(layer: SiglipEncoderLayer, hidden: Tensor) -> Tensor:
     """Mean attention that each patch receives in a layer, over heads and query rows: fp32 [B, N]."""
     attention = layer.self_attn
     normed = layer.layer_norm1(hidden)

@@ -31,7 +31,8 @@ RECIPE = """## Training
 1. the tower and projector learn what lies under every token, with the word embeddings as the classifier;
 2. the language model learns to answer about 8-frame clips, many questions packed behind each;
 3. on the frozen tower: videos of 1 to 64 frames asked at their end and after some of their frames, streams,
-   prompts of up to 6 images and clips, dialogues, positions with gaps; the semantic mask on a share of rows.
+   prompts of up to 6 images and clips, dialogues, positions with gaps; the semantic mask on a share of rows,
+   and media that HoliTom, chance or another method has reduced to 10 to 50 % on another.
 
 A quarter of the heads start as "find what resembles me and copy it", without which binding a colour to a
 shape stays on a plateau. Half of the rows are guided: their attention is masked to what it should find

@@ -31,6 +31,7 @@ from mmserve.evaluation.drawing import COLOURS, SHAPES
 from mmserve.evaluation.suites import stream_question, stream_scene
 from mmserve.evaluation.tiny_data import TRAIN_STREAM, training_questions
 from mmserve.evaluation.tiny_rows import Row, RowBuilder, TinyTokenizer
+from mmserve.pruning.base import Pruner
 
 Lesson = Literal["first", "clip", "image", "varied", "long", "stream"]
 LESSONS: dict[Lesson, int] = {"first": 10, "clip": 11, "image": 12, "varied": 13, "long": 14, "stream": 15}
@@ -43,10 +44,14 @@ GAP = 3000  # positions that a video's frames may have leapt over
 
 
 class Seen(NamedTuple):
-    """A scene and what the tower made of it: [T, 36, D], or [144, D] of an image."""
+    """A scene and what the tower made of it: [T, 36, D], or [144, D] of an image.
+
+    Only rows with a pruner need the saliency of its tokens.
+    """
 
     scene: Scene
     tokens: Tensor
+    saliency: Tensor | None = None
 
 
 def make_scene(seed: int, lesson: Lesson, index: int) -> tuple[Scene, Clip]:
@@ -130,17 +135,26 @@ def _dialogues(rng: np.random.Generator, asked: Sequence[Question]) -> list[list
 
 
 def video_row(
-    rng: np.random.Generator, tokenizer: TinyTokenizer, seen: Seen, *, carriers: bool, views: int, most: int
+    rng: np.random.Generator,
+    tokenizer: TinyTokenizer,
+    seen: Seen,
+    *,
+    carriers: bool,
+    views: int,
+    most: int,
+    pruner: Pruner | None = None,
 ) -> Row:
     """One video, asked about at its end and, with more `views`, after some of its frames.
 
     Half of the long ones end early, which spares compute and moves what is last.
     """
-    scene, tokens = seen
+    assert pruner is None or views == 1, "what a pruner leaves is of the whole video"
+    scene, tokens, saliency = seen
     if scene.frames > 32 and rng.random() < 0.5:
         scene = until(scene, int(rng.integers(20, scene.frames)))
         tokens = tokens[: scene.frames]
-    builder = RowBuilder(tokenizer, carriers)
+        saliency = saliency if saliency is None else saliency[: scene.frames]
+    builder = RowBuilder(tokenizer, carriers, pruner)
     builder.text("<|im_start|>user\n")
     leaps = rng.random() < 0.15
     builder.video(
@@ -148,6 +162,7 @@ def video_row(
         newline=False,
         gap_before=int(rng.integers(scene.frames)) if leaps else -1,
         gap=int(rng.integers(GAP)) if leaps else 0,
+        saliency=saliency,
     )
     for view in range(views):
         frames = scene.frames if view == 0 else int(rng.integers(1, scene.frames + 1))
@@ -192,19 +207,25 @@ def stream_row(
 
 
 def mixed_row(
-    rng: np.random.Generator, tokenizer: TinyTokenizer, items: Sequence[Seen], *, carriers: bool, most: int
+    rng: np.random.Generator,
+    tokenizer: TinyTokenizer,
+    items: Sequence[Seen],
+    *,
+    carriers: bool,
+    most: int,
+    pruner: Pruner | None = None,
 ) -> Row:
     """Several items with text between, each asked about; an earlier turn may stand between two of them."""
-    builder = RowBuilder(tokenizer, carriers)
+    builder = RowBuilder(tokenizer, carriers, pruner)
     images = sum(seen.tokens.dim() == 2 for seen in items)
     turn_after = int(rng.integers(len(items))) if rng.random() < 0.25 else -1
     text = "<|im_start|>user\n"
     for number, seen in enumerate(items):
         builder.text(f"{text}Item {number + 1}:")
         if seen.tokens.dim() == 2:
-            builder.image(seen.tokens, alone=images == 1)
+            builder.image(seen.tokens, alone=images == 1, saliency=seen.saliency)
         else:
-            builder.video(seen.tokens, newline=True)
+            builder.video(seen.tokens, newline=True, saliency=seen.saliency)
         text = "\n"
         if number == turn_after and number + 1 < len(items):
             asked = _about(rng, items, int(rng.integers(number + 1)), 1)
@@ -217,11 +238,13 @@ def mixed_row(
     return builder.row()
 
 
-def image_row(rng: np.random.Generator, tokenizer: TinyTokenizer, seen: Seen) -> Row:
+def image_row(
+    rng: np.random.Generator, tokenizer: TinyTokenizer, seen: Seen, pruner: Pruner | None = None
+) -> Row:
     """One picture by itself."""
-    builder = RowBuilder(tokenizer, carriers=False)
+    builder = RowBuilder(tokenizer, carriers=False, pruner=pruner)
     builder.text("<|im_start|>user\n")
-    builder.image(seen.tokens, alone=True)
+    builder.image(seen.tokens, alone=True, saliency=seen.saliency)
     for turns in _dialogues(rng, askable(rng, seen.scene, 8)):
         builder.branch(turns)
     return builder.row()

@@ -20,10 +20,14 @@ COLOURS = {
     "still": "#ff7f0e",
     "varied": "#7f7f7f",
 }
+DASHES = {"+": ' stroke-dasharray="4 2"', "-": ' stroke-dasharray="1 2"'}
 
 
 def read_log(logs: Sequence[Path]) -> Curves:
-    """Losses over the hours of all runs, one run after the other; a trailing + is rows of carriers."""
+    """Losses over the hours of all runs, one run after the other.
+
+    A trailing + is rows of carriers, a trailing - rows whose media lost tokens.
+    """
     curves: Curves = defaultdict(list)
     before = 0.0
     for log in logs:
@@ -32,7 +36,7 @@ def read_log(logs: Sequence[Path]) -> Curves:
             row = json.loads(line)
             last = row["seconds"] / 3600
             for name, value in row.items():
-                if name.rstrip("+") in COLOURS:
+                if name.rstrip("+-") in COLOURS:
                     curves[name].append((before + last, float(value)))
         before += last
     return curves
@@ -60,11 +64,11 @@ def curves_svg(curves: Curves) -> str:
         for hours, loss in points:
             smooth = SMOOTHING * smooth + (1 - SMOOTHING) * loss
             drawn.append(place(hours, smooth))
-        colour, dashes = COLOURS[name.rstrip("+")], ' stroke-dasharray="4 2"' if name.endswith("+") else ""
+        colour, dashes = COLOURS[name.rstrip("+-")], DASHES.get(name[-1], "")
         lines.append(
             f'<polyline points="{" ".join(drawn)}" fill="none" stroke="{colour}" stroke-width="1.5"{dashes}/>'
         )
-        label = name.replace("+", " (carriers)")
+        label = name.replace("+", " (carriers)").replace("-", " (reduced)")
         left = MARGIN + 8 + 110 * (number % 6)
         lines.append(f'<text x="{left}" y="{14 + 14 * (number // 6)}" fill="{colour}">{label}</text>')
     total = f"{longest:.1f} hours of one core"

@@ -23,7 +23,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """One question under one setting. A failed question is wrong and has no counts.
+    """One question under one setting. A failed question counts as wrong, and has neither usage nor times.
 
     Questions about the same `clip` are not independent of each other.
     """
@@ -34,6 +34,10 @@ class Outcome:
     correct: bool
     usage: Usage | None = None
     timings_ms: Timings | None = None
+
+    @property
+    def failed(self) -> bool:
+        return self.usage is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,24 +65,39 @@ class Geometry:
             head_dim=text.get("head_dim") or text["hidden_size"] // heads,
         )
 
-    def prefill_flops(self, tokens: int) -> int:
-        """Multiplications and additions of all layers for a prompt of this many tokens, causal attention."""
+    def prefill_flops(self, lengths: Sequence[int], densities: Sequence[float] = ()) -> float:
+        """Multiplications and additions of all layers, each for so many tokens, causal attention.
+
+        `densities`, where it is sparse: which share of its pairs each layer computes.
+        """
+        assert len(lengths) == self.layers, "every layer has a length"
+        return sum(map(self._layer_flops, lengths, densities or (1.0,) * self.layers))
+
+    def _layer_flops(self, tokens: int, density: float) -> float:
         projections = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         weights = projections + 3 * self.hidden * self.intermediate
-        pairs = tokens * (tokens + 1) // 2
-        return self.layers * (2 * weights * tokens + 4 * self.heads * self.head_dim * pairs)
+        pairs = density * (tokens * (tokens + 1) // 2)
+        return 2 * weights * tokens + 4 * self.heads * self.head_dim * pairs
 
 
 def row(
-    suite: str, methods: Methods, outcomes: Sequence[Outcome], dense: Sequence[Outcome], geometry: Geometry
+    suite: str,
+    methods: Methods,
+    outcomes: Sequence[Outcome],
+    dense: Sequence[Outcome],
+    geometry: Geometry,
+    recall: float | None = None,
 ) -> Json:
-    """One row of the report. Ratios below 1 mean less work than the dense run of the same questions."""
+    """One row of the report. Ratios below 1 mean less work than the dense run of the same questions.
+
+    `recall` is the measured share of the attention's weight that is seen.
+    """
     correct = [outcome.correct for outcome in outcomes]
     expected = [outcome.correct for outcome in dense]
     accuracy, dense_accuracy = _share(correct), _share(expected)
     clips = [outcome.clip for outcome in outcomes]
     differences = [float(ours) - float(base) for ours, base in zip(correct, expected, strict=True)]
-    is_dense = methods == Methods()
+    is_dense, is_sparse = methods == Methods(), methods.attention != "dense"
     pairs = [(ours.usage, base.usage) for ours, base in zip(outcomes, dense, strict=True)]
     both = [(ours, base) for ours, base in pairs if ours is not None and base is not None]
     kinds = sorted({outcome.kind for outcome in outcomes})
@@ -87,7 +106,7 @@ def row(
         "settings": msgspec.to_builtins(methods),
         "dense": is_dense,
         "n": len(outcomes),
-        "errors": sum(outcome.usage is None for outcome in outcomes),
+        "failed": sum(outcome.failed for outcome in outcomes),
         "accuracy": round(accuracy, 4),
         "stderr": round(clustered_stderr(list(map(float, correct)), clips), 4),
         "accuracy_kept": _ratio(accuracy, dense_accuracy),
@@ -97,10 +116,11 @@ def row(
         "visual_tokens_kept_ratio": _ratio(
             sum(ours.visual_tokens_kept for ours, _ in both), sum(ours.visual_tokens for ours, _ in both)
         ),
-        "attention_density": 1.0,  # dense attention is the only pattern
+        "attention_density": _density([ours for ours, _ in both]) if is_sparse else 1.0,
+        "attention_recall": recall if is_sparse else 1.0,
         "flops_ratio": _ratio(
-            sum(geometry.prefill_flops(_prompt_length(ours)) for ours, _ in both),
-            sum(geometry.prefill_flops(_prompt_length(base)) for _, base in both),
+            sum(_flops(ours, geometry) for ours, _ in both),
+            sum(_flops(base, geometry) for _, base in both),
         ),
         "ttft_ratio": _median_ratio(outcomes, dense, _ttft),
         "decode_ratio": _median_ratio(outcomes, dense, _step),
@@ -118,11 +138,17 @@ def document(rows: Sequence[Json]) -> Json:
     return {"machine": machine(), "commit": commit(), "rows": list(rows)}
 
 
+_SHARES = (
+    *("accuracy_kept", "visual_tokens_kept_ratio"),
+    *("attention_density", "attention_recall", "flops_ratio"),
+)
+
+
 def markdown(rows: Sequence[Json]) -> str:
     """The rows as a Markdown table; a dash stands where a ratio has no base."""
-    head = ["suite", "prune", "keep", "kv", "budget", "n", "accuracy", "to dense", "p", "kept"]
-    head += ["visual tokens", "FLOPs", "TTFT", "decode", "KV bytes"]
-    lines = [head, ["---", "---", "--:", "---", *["--:"] * 11]]
+    head = ["suite", "prune", "keep", "attention", "kv", "budget", "n", "accuracy", "to dense", "p", "kept"]
+    head += ["visual tokens", "density", "recall", "FLOPs", "TTFT", "decode", "KV bytes"]
+    lines = [head, ["---", "---", "--:", "---", "---", *["--:"] * 13]]
     for entry in rows:
         settings = entry["settings"]
         budget = settings["kv_budget"]
@@ -131,15 +157,13 @@ def markdown(rows: Sequence[Json]) -> str:
                 entry["suite"],
                 "none (dense)" if entry["dense"] else settings["prune"],
                 _kept(settings),
-                settings["kv"],
+                _attention(settings),
+                _kv(settings),
                 "-" if budget is None else f"{budget:g}",
-                str(entry["n"]),
+                _asked(entry),
                 f"{100 * entry['accuracy']:.1f} ± {100 * entry['stderr']:.1f} %",
                 *_against_dense(entry),
-                *(
-                    "-" if entry[name] is None else f"{100 * entry[name]:.0f} %"
-                    for name in ("accuracy_kept", "visual_tokens_kept_ratio", "flops_ratio")
-                ),
+                *("-" if entry.get(name) is None else f"{100 * entry[name]:.0f} %" for name in _SHARES),
                 *(
                     "-" if entry[name] is None else f"{entry[name]:.2f}"
                     for name in ("ttft_ratio", "decode_ratio", "kv_bytes_ratio")
@@ -156,6 +180,23 @@ def _kept(settings: Json) -> str:
         parts.append(f"images {_budget(of_image)}")
     parts += [f"{name} {value}" for name, value in settings.get("prune_options", {}).items()]
     return ", ".join(parts)
+
+
+def _attention(settings: Json) -> str:
+    given = settings.get("attention_options", {})
+    return ", ".join([settings["attention"], *(f"{name} {value}" for name, value in given.items())])
+
+
+def _kv(settings: Json) -> str:
+    options = [f"{name} {value}" for name, value in settings.get("kv_options", {}).items()]
+    dtype = settings.get("kv_dtype", "auto")
+    return ", ".join([settings["kv"], *([] if dtype == "auto" else [dtype]), *options])
+
+
+def _asked(entry: Json) -> str:
+    """How many questions, and how many of them failed and count as wrong."""
+    failed = entry.get("failed", 0)
+    return f"{entry['n']} ({failed} failed)" if failed else str(entry["n"])
 
 
 def _budget(keep: Budget) -> str:
@@ -203,11 +244,32 @@ def commit() -> str | None:
     return head.stdout.strip()
 
 
-def _prompt_length(usage: Usage) -> int:
-    """Tokens that the language model's layers see; their mean, where a method acts inside it."""
-    # without the mean, of a server that does not report it, all that enter are in every layer
-    visual = usage.visual_tokens_layer_mean or usage.visual_tokens_kept
-    return usage.prompt_tokens - usage.visual_tokens + round(visual)
+def mean_by_layer(usages: Sequence[Usage], values: Callable[[Usage], Sequence[float]]) -> float | None:
+    """Mean over layers, and over requests by how many rows they ran; None where nobody says."""
+    weights = [max(usage.prompt_tokens - usage.cached_tokens, 1) for usage in usages]
+    found = [
+        (weight, sum(layers) / len(layers))
+        for weight, usage in zip(weights, usages, strict=True)
+        if (layers := values(usage))
+    ]
+    total = sum(weight for weight, _ in found)
+    return round(sum(weight * value for weight, value in found) / total, 4) if found else None
+
+
+def _density(usages: Sequence[Usage]) -> float | None:
+    return mean_by_layer(usages, lambda usage: usage.attention_density)
+
+
+def _flops(usage: Usage, geometry: Geometry) -> float:
+    return geometry.prefill_flops(_lengths(usage, geometry), usage.attention_density)
+
+
+def _lengths(usage: Usage, geometry: Geometry) -> list[int]:
+    """Tokens of the prompt in every layer of the model."""
+    # a server of before says nothing of layers: all that enter are in every one then
+    alike = round(usage.visual_tokens_layer_mean or usage.visual_tokens_kept)
+    visual = usage.visual_tokens_by_layer or (alike,) * geometry.layers
+    return [usage.prompt_tokens - usage.visual_tokens + tokens for tokens in visual]
 
 
 def _ttft(outcome: Outcome) -> float | None:

@@ -11,13 +11,14 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import typer
 
+from mmserve.attention.base import REUSE_EVERY, load_pattern
 from mmserve.batch.answerers import Answer, LocalAnswerer, Submits
 from mmserve.batch.questions import Question, read_questions
 from mmserve.batch.runner import answer_all
@@ -28,7 +29,7 @@ from mmserve.errors import BadRequest
 from mmserve.evaluation import report
 from mmserve.evaluation.outputs import Outputs
 from mmserve.evaluation.suites import SUITES, write_suite
-from mmserve.methods import INNER, NAMES, Kind, choose_methods, takes_no_keep
+from mmserve.methods import INNER, NAMES, WITH_PROFILE, WITH_WEIGHTS, Kind, choose_methods, takes_no_keep
 from mmserve.models.resolve import resolve
 from mmserve.progress import progress_bar
 from mmserve.request import MediaOptions, Methods, Timings, Usage
@@ -40,6 +41,7 @@ Json = dict[str, Any]
 KEEPS = (0.5, 0.25, 0.1)  # of --keep all
 BUDGETS = (0.5, 0.25, 0.1)  # of --kv-budget all
 DEFAULT_BUDGETS = (0.25,)  # of a policy that was named without saying how hard
+RECALLED = 16  # clips on which the attention recall of a sparse setting is measured
 ALL_FRAMES = 64  # no suite's clip is longer, so nothing that is asked about goes unseen
 MAX_TOKENS = 8
 
@@ -74,10 +76,16 @@ def sweep(
     kv_dtype: str,
     keep_image: str | None = None,
     prune_options: Json | None = None,
+    attention_options: Json | None = None,
+    attention_dense_below: int | None = None,
+    attention_profile: str | None = None,
+    kv_options: Json | None = None,
     prune_text_images: bool = False,
 ) -> tuple[Methods, ...]:
     """Every combination of comma lists (or "all"), the dense setting first whether it was named or not."""
     prunes, policies = _listed("prune", prune), _listed("kv", kv)
+    patterns = _listed("attention", attention)
+    of_patterns = _pattern_options(patterns, attention_options or {})
     if (keep or keep_image) and all(map(takes_no_keep, prunes)):
         raise BadRequest(f"Expected a method of --prune whose keep can be set, but got {', '.join(prunes)}")
     if kv_budget is not None and policies == ("none",):
@@ -92,14 +100,18 @@ def sweep(
             prune_options={} if p == "none" else prune_options,
             prune_text_images=prune_text_images,
             attention=a,
+            attention_options=of_patterns[a],
+            attention_dense_below=None if a == "dense" else attention_dense_below,
+            attention_profile=attention_profile if a in WITH_PROFILE else None,
             kv=policy,
             kv_budget=budget,
+            kv_options={} if policy == "none" else kv_options,
             kv_dtype=dtype,
         )
         for p in prunes
         for share in ((None,) if takes_no_keep(p) else keeps)
         for of_image in ((None,) if takes_no_keep(p) or p in INNER else _keeps("keep_image", keep_image))
-        for a in _listed("attention", attention)
+        for a in patterns
         for policy in policies
         for budget in (budgets if policy != "none" else (None,))
         for dtype in _listed("kv_dtype", kv_dtype)
@@ -144,7 +156,8 @@ def evaluate(
                     on_answer()
                 outcomes = [_outcome(question, answers[question.question_id]) for question in questions]
                 dense = dense or outcomes
-                rows.append(report.row(suite, methods, outcomes, dense, geometry))
+                recall = _recall(questions, plan, methods, open_llm)
+                rows.append(report.row(suite, methods, outcomes, dense, geometry, recall))
     return rows
 
 
@@ -167,7 +180,7 @@ def command(
     total = len(plan.suites) * len(plan.sweep) * plan.limit
     with ExitStack() as stack:
         lines = stack.enter_context(Outputs(outputs, _run(plan, checkpoint))) if outputs else None
-        advance = stack.enter_context(progress_bar(total, "evaluating"))
+        advance = stack.enter_context(progress_bar(total, "evaluating", plain=True))
         rows = evaluate(plan, open_llm, geometry, outputs=lines, on_answer=advance)
     typer.echo(report.markdown(rows), err=alone)
     if json_out is not None:
@@ -176,7 +189,7 @@ def command(
             typer.echo(document)
         else:
             json_out.write_text(document + "\n", encoding="utf-8")
-    failed = sum(row["errors"] for row in rows)
+    failed = sum(row["failed"] for row in rows)
     if failed:
         typer.echo(f"error: {failed} of {total} questions failed and count as wrong", err=True)
     return 1 if failed else 0
@@ -201,6 +214,41 @@ def _ask(
     with open_llm(methods) as llm:
         # one at a time: a time measured beside other requests is theirs as well
         yield from answer_all(questions, LocalAnswerer(llm, methods, plan.options), concurrency=1)
+
+
+def _recall(
+    questions: Sequence[Question],
+    plan: Plan,
+    methods: Methods,
+    open_llm: Callable[[Methods], AbstractContextManager[Submits]],
+) -> float | None:
+    """Share of the dense attention's weight that is seen, on a question of each of some clips; slow."""
+    if methods.attention == "dense":
+        return 1.0
+    clips = {" ".join(question.media): question for question in reversed(questions)}
+    with open_llm(methods) as llm:
+        answerer = LocalAnswerer(llm, methods, plan.options, report_attention=True)
+        answers = [answer for _, answer in answer_all([*clips.values()][-RECALLED:], answerer, concurrency=1)]
+    found = [msgspec.convert(answer.usage, Usage) for answer in answers if answer.error is None]
+    return report.mean_by_layer(found, lambda usage: usage.attention_recall)
+
+
+def _pattern_options(patterns: Sequence[str], given: Json) -> dict[str, Json]:
+    """The settings of each pattern: "name.setting" is that pattern's, "setting" of all that have it."""
+    found: dict[str, Json] = {}
+    taken = set()
+    for pattern in patterns:
+        known: list[str] = []
+        if pattern != "dense":
+            known = [REUSE_EVERY, *(field.name for field in fields(load_pattern(pattern)))]
+        own = {name: value for name, value in given.items() if name in known}
+        prefix = f"{pattern}."
+        of_this = {name: value for name, value in given.items() if name.startswith(prefix)}
+        taken |= {*own, *of_this}
+        found[pattern] = own | {name.removeprefix(prefix): value for name, value in of_this.items()}
+    if left := [name for name in given if name not in taken]:
+        raise BadRequest(f"Expected settings of {', '.join(patterns)}, but got {left[0][:40]!r}")
+    return found
 
 
 def _outcome(question: Question, answer: Answer) -> report.Outcome:
@@ -239,7 +287,8 @@ def _output(suite: str, settings: Json, question: Question, answer: Answer) -> J
 
 
 def _listed(kind: Kind, text: str) -> tuple[str, ...]:
-    return NAMES[kind] if text == "all" else tuple(dict.fromkeys(text.split(",")))
+    every = tuple(name for name in NAMES[kind] if name not in WITH_WEIGHTS)
+    return every if text == "all" else tuple(dict.fromkeys(text.split(",")))
 
 
 def _keeps(name: str, text: str | None) -> tuple[Budget | None, ...]:

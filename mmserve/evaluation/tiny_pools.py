@@ -18,42 +18,60 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
+from mmserve.encoders.siglip import attention_received
 from mmserve.evaluation.clipworld import Scene
 from mmserve.evaluation.curriculum import Lesson, make_scene
 from mmserve.evaluation.tiny_data import pixels
 
-Items = list[tuple[Scene, NDArray[np.int16]]]
+Items = list[tuple[Scene, NDArray[np.int16], NDArray[np.float32]]]
 FRAMES_AT_ONCE = 128  # through the tower
 
 
 class Item(NamedTuple):
-    """A scene and its embeddings as `embed_clip` makes them, their bits as int16."""
+    """A scene with what `embed_clip` makes of it; the bits of its tokens as int16."""
 
     scene: Scene
     content: Tensor
+    saliency: Tensor
+
+
+class Embedded(NamedTuple):
+    """Tokens of the T frames of a video, or of an image, and the attention each received in the tower."""
+
+    tokens: Tensor  # bf16 [T, 36, D] or [144, D]
+    saliency: Tensor  # float32 [T, 36] or [144]
 
 
 def embed_frames(model: LlavaOnevisionForConditionalGeneration, frames: Tensor, *, pooled: bool) -> Tensor:
     """Pixels [F, 3, H, W] to projected tokens: [F, 36, D] of video frames, or [F, 144, D] of crops."""
+    return _look(model, frames, pooled=pooled)[0]
+
+
+def _look(
+    model: LlavaOnevisionForConditionalGeneration, frames: Tensor, *, pooled: bool
+) -> tuple[Tensor, Tensor]:
+    """Projected tokens, and the last layer's input."""
     inner = model.model
-    features = inner.vision_tower(frames, output_hidden_states=True).hidden_states[-1]
-    projected: Tensor = inner.multi_modal_projector(features)
-    return inner.apply_pooling(projected) if pooled else projected
+    states = inner.vision_tower(frames, output_hidden_states=True).hidden_states
+    projected: Tensor = inner.multi_modal_projector(states[-1])
+    return inner.apply_pooling(projected) if pooled else projected, states[-2]
 
 
 @torch.no_grad()
 def embed_clip(
     model: LlavaOnevisionForConditionalGeneration, clip: NDArray[np.uint8], *, image: bool
-) -> Tensor:
-    """bf16 [T, 36, D] of a video, [144, D] of an image."""
-    device = model.device.type
-    parts = []
+) -> Embedded:
+    device, inner = model.device.type, model.model
+    tokens, saliency = list[Tensor](), list[Tensor]()
     for first in range(0, len(clip), FRAMES_AT_ONCE):
         with torch.autocast(device, torch.bfloat16):
             frames = pixels(clip[first : first + FRAMES_AT_ONCE]).to(model.device)
-            parts.append(embed_frames(model, frames, pooled=not image).bfloat16())
-    tokens = torch.cat(parts)
-    return tokens[0] if image else tokens
+            seen, state = _look(model, frames, pooled=not image)
+            received = attention_received(inner.vision_tower.encoder.layers[-1], state)[..., None]
+        tokens.append(seen.bfloat16())
+        saliency.append((received if image else inner.apply_pooling(received))[..., 0])
+    whole = Embedded(torch.cat(tokens), torch.cat(saliency))
+    return Embedded(whole.tokens[0], whole.saliency[0]) if image else whole
 
 
 _tower: dict[str, LlavaOnevisionForConditionalGeneration] = {}  # of a worker process
@@ -76,8 +94,8 @@ def _make(seed: int, lesson: Lesson, start: int, stop: int) -> Items:
     made: Items = []
     for index in range(start, stop):
         scene, clip = make_scene(seed, lesson, index)
-        tokens = embed_clip(_tower["model"], clip, image=lesson == "image")
-        made.append((scene, tokens.view(torch.int16).numpy()))
+        tokens, saliency = embed_clip(_tower["model"], clip, image=lesson == "image")
+        made.append((scene, tokens.view(torch.int16).numpy(), saliency.numpy()))
     return made
 
 
@@ -126,7 +144,10 @@ class Pools:
             while self._next[lesson][0] <= newest:
                 number, made = self._next[lesson]
                 self._next[lesson] = (number + 1, self._order(lesson, number + 1))
-                items = [Item(scene, torch.from_numpy(content)) for scene, content in made.result()]
+                items = [
+                    Item(scene, torch.from_numpy(content), torch.from_numpy(saliency))
+                    for scene, content, saliency in made.result()
+                ]
                 self._chunks[lesson].append(items)
 
     def draw(self, lesson: Lesson, rng: np.random.Generator) -> Item:

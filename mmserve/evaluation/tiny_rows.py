@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn import functional
 
 from mmserve.evaluation.clipworld import DIRECTIONS, Question
 from mmserve.evaluation.drawing import COLOURS, SHAPES
+from mmserve.pruning.base import Modality, Pruner, VisualItem
 from mmserve.pruning.carriers import carrier_slots, with_carriers
 
 SOUGHT = (*COLOURS, *SHAPES, *DIRECTIONS)
@@ -71,10 +73,15 @@ class TinyTokenizer:
 
 @dataclass(slots=True)
 class RowBuilder:
-    """Collects one row. With `carriers`, the frames of videos carry their means."""
+    """Collects one row. With `carriers`, the frames of videos carry their means.
+
+    With a `pruner`, media are what it leaves of them, each token where it stood in the whole prompt. What
+    it leaves depends on all frames, so that no branch may then see a video in part.
+    """
 
     tokenizer: TinyTokenizer
     carriers: bool
+    pruner: Pruner | None = None
     _tokens: list[int] = field(default_factory=list)
     _positions: list[int] = field(default_factory=list)
     _frame: list[int] = field(default_factory=list)
@@ -89,6 +96,7 @@ class RowBuilder:
     _named: list[tuple[int, int]] = field(default_factory=list)
     _gated: list[tuple[int, int]] = field(default_factory=list)
     _ended: list[tuple[int, int, int]] = field(default_factory=list)
+    _next: int = 0  # position of the context's next token
     _items: int = 0
     _frames: int = 0
     _branches: int = 0
@@ -96,33 +104,46 @@ class RowBuilder:
     def text(self, text: str) -> None:
         self._extend(self.tokenizer.ids(text), -1)
 
-    def video(self, frames: Tensor, *, newline: bool, gap_before: int = -1, gap: int = 0) -> None:
-        """Frames [T, N, D]; positions leap by `gap` before frame `gap_before`.
+    def video(
+        self,
+        frames: Tensor,
+        *,
+        newline: bool,
+        gap_before: int = -1,
+        gap: int = 0,
+        saliency: Tensor | None = None,
+    ) -> None:
+        """Frames [T, N, D], with a pruner also their saliency; positions leap by `gap` before `gap_before`.
 
         Without `newline` every branch brings its own, so that branches can see different lengths.
         """
         count, size = frames.shape[:2]
-        embeddings = with_carriers(frames) if self.carriers else frames
-        self._visual.append(embeddings.flatten(0, 1))
-        self._visual_at += range(len(self._tokens), len(self._tokens) + count * size)
-        for index in range(count):
-            leap = gap if index == gap_before else 0
-            self._extend([self.tokenizer.media["video"]] * size, self._frames, leap, item=self._items)
-            self._frames += 1
+        left, source = self._left("video", with_carriers(frames) if self.carriers else frames, saliency)
+        frame = source // size
+        self._visual.append(left)
+        self._visual_at += range(len(self._tokens), len(self._tokens) + len(source))
+        self._place("video", source + gap * (frame >= gap_before), frame + self._frames)
+        self._next += count * size + gap
+        self._frames += count
         if newline:
-            self._newline("video", count)
+            self._ended.append((len(self._tokens), self._items, count))
+            self._newline_at.append(len(self._tokens))
+            self._extend([self.tokenizer.media["video"]], self._items)
         self._items += 1
 
-    def image(self, crop: Tensor, *, alone: bool) -> None:
+    def image(self, crop: Tensor, *, alone: bool, saliency: Tensor | None = None) -> None:
         """Tokens [N, D] of one crop; an image alone in its prompt is followed by itself as a tile."""
-        self._pixels(crop)
-        if alone:
-            side = round(len(crop) ** 0.5)
-            for first in range(0, len(crop), side):
-                self._pixels(crop[first : first + side])
-                self._newline("image", 1)
-        else:
-            self._newline("image", 1)
+        cells = _image_cells(len(crop), alone=alone)
+        shown = None if saliency is None else saliency[cells][None]
+        left, source = self._left("image", crop[cells][None], shown, (cells < 0)[None])
+        at, is_line = torch.arange(len(source)) + len(self._tokens), cells[source] < 0
+        lines = at[is_line].tolist()
+        self._visual.append(left[~is_line])
+        self._visual_at += at[~is_line].tolist()
+        self._newline_at += lines
+        self._ended += [(line, self._items, 1) for line in lines]
+        self._place("image", source, torch.full_like(source, -1))
+        self._next += len(cells)
         self._items += 1
 
     def branch(self, turns: Sequence[Question], frames: int | None = None) -> None:
@@ -157,7 +178,7 @@ class RowBuilder:
             if about:
                 self._gated += [(at, int(about[1]) - 1) for at in range(gate, len(self._tokens) - 1)]
         added = len(self._tokens) - start
-        after = self._positions[sees - 1] + 1
+        after = self._next if sees == len(self._frame) else self._positions[sees - 1] + 1
         self._positions += range(after, after + added)
         self._branch += [self._branches] * added
         self._sees += [sees] * added
@@ -186,22 +207,40 @@ class RowBuilder:
             ended=self._ended,
         )
 
-    def _pixels(self, tokens: Tensor) -> None:
-        self._visual.append(tokens)
-        self._visual_at += range(len(self._tokens), len(self._tokens) + len(tokens))
-        self._extend([self.tokenizer.media["image"]] * len(tokens), -1, item=self._items)
+    def _left(
+        self, modality: Modality, tokens: Tensor, saliency: Tensor | None, is_line: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What is left of tokens [T, N, D], and where in them it stood; newlines always stay."""
+        if self.pruner is None:
+            whole = tokens.flatten(0, 1)
+            return whole, torch.arange(len(whole))
+        assert saliency is not None, "a method may ask for it"
+        item = VisualItem(embeddings=tokens, saliency=saliency, protect=is_line, modality=modality)
+        left = self.pruner.reduce(item)
+        return left.embeddings, left.source
 
-    def _newline(self, kind: str, frames: int) -> None:
-        self._ended.append((len(self._tokens), self._items, frames))
-        self._newline_at.append(len(self._tokens))
-        self._extend([self.tokenizer.media[kind]], -1, item=self._items)
+    def _place(self, modality: Modality, places: Tensor, frame: Tensor) -> None:
+        """Tokens of the current item at `places` counted from the next position."""
+        self._tokens += [self.tokenizer.media[modality]] * len(places)
+        self._positions += (places + self._next).tolist()
+        self._frame += frame.tolist()
+        self._item += [self._items] * len(places)
 
-    def _extend(self, ids: list[int], frame: int, leap: int = 0, *, item: int = -1) -> None:
-        after = (self._positions[-1] + 1 if self._positions else 0) + leap
+    def _extend(self, ids: list[int], item: int) -> None:
         self._tokens += ids
-        self._positions += range(after, after + len(ids))
-        self._frame += [frame] * len(ids)
+        self._positions += range(self._next, self._next + len(ids))
+        self._next += len(ids)
+        self._frame += [-1] * len(ids)
         self._item += [item] * len(ids)
+
+
+def _image_cells(size: int, *, alone: bool) -> Tensor:
+    """Which of a crop's `size` tokens stand one after the other in the prompt; -1 is a newline."""
+    cells = torch.arange(size)
+    if not alone:
+        return functional.pad(cells, (0, 1), value=-1)
+    side = round(size**0.5)
+    return torch.cat([cells, functional.pad(cells.view(side, side), (0, 1), value=-1).flatten()])
 
 
 def frame_ends(row: Row) -> Tensor:

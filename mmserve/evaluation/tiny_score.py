@@ -12,19 +12,27 @@ from itertools import islice
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from mmserve.evaluation.suites import SUITES, Example, Verdict, examples, frames_seen, seen
 from mmserve.evaluation.tiny_forward import RowAttention, embed_row, row_states
-from mmserve.evaluation.tiny_pools import embed_clip
+from mmserve.evaluation.tiny_pools import Embedded, embed_clip
 from mmserve.evaluation.tiny_rows import Row, RowBuilder, TinyTokenizer
+from mmserve.pruning.base import Pruner
+from mmserve.pruning.holitom import HoliTom
 
-Embeds = Callable[[NDArray[np.uint8], bool], Tensor]
+Embeds = Callable[[NDArray[np.uint8], bool], Embedded]
 
 
-def example_row(example: Example, tokenizer: TinyTokenizer, embed: Embeds, *, carriers: bool) -> Row:
-    builder = RowBuilder(tokenizer, carriers)
+def example_row(
+    example: Example,
+    tokenizer: TinyTokenizer,
+    embed: Embeds,
+    *,
+    carriers: bool,
+    pruner: Pruner | None = None,
+) -> Row:
+    builder = RowBuilder(tokenizer, carriers, pruner)
     images = sum(media.modality == "image" for media in example.media)
     text = "<|im_start|>user\n"
     for part in example.parts[:-1]:
@@ -33,11 +41,11 @@ def example_row(example: Example, tokenizer: TinyTokenizer, embed: Embeds, *, ca
             continue
         builder.text(text)
         text = "\n"
-        tokens = embed(seen(example, part), part.modality == "image")
+        tokens, saliency = embed(seen(example, part), part.modality == "image")
         if part.modality == "image":
-            builder.image(tokens, alone=images == 1)
+            builder.image(tokens, alone=images == 1, saliency=saliency)
         else:
-            builder.video(tokens, newline=True)
+            builder.video(tokens, newline=True, saliency=saliency)
     builder.branch([example.question])
     return builder.row()
 
@@ -63,19 +71,20 @@ def score_suite(
     seed: int,
     limit: int,
     carriers: bool,
+    pruner: Pruner | None = None,
 ) -> list[Verdict]:
     """The first `limit` questions of a suite."""
 
-    def embed(clip: NDArray[np.uint8], image: bool) -> Tensor:
-        return embed_clip(model, clip, image=image).float()
+    def embed(clip: NDArray[np.uint8], image: bool) -> Embedded:
+        tokens, saliency = embed_clip(model, clip, image=image)
+        return Embedded(tokens.float(), saliency)
+
+    def is_right(example: Example) -> bool:
+        row = example_row(example, tokenizer, embed, carriers=carriers, pruner=pruner)
+        return answered(model, row, carriers=carriers)
 
     return [
-        Verdict(
-            example.question.kind,
-            frames_seen(example),
-            example.depth,
-            answered(model, example_row(example, tokenizer, embed, carriers=carriers), carriers=carriers),
-        )
+        Verdict(example.question.kind, frames_seen(example), example.depth, is_right(example))
         for example in islice(examples(suite, seed), limit)
     ]
 
@@ -83,11 +92,15 @@ def score_suite(
 def accuracies(
     model: LlavaOnevisionForConditionalGeneration, tokenizer: TinyTokenizer, *, seed: int, limit: int
 ) -> dict[str, float]:
-    """Share of right answers on every suite, with the whole prompt and (+) from carriers alone."""
+    """Share of right answers on every suite: with the whole prompt, (+) from carriers alone, and (-) from the
+    tenth of the visual tokens that HoliTom leaves.
+    """
     found = {}
     for suite in SUITES:
-        for carriers in (False, True):
-            verdicts = score_suite(model, tokenizer, suite, seed=seed, limit=limit, carriers=carriers)
+        for sign, pruner in (("", None), ("+", None), ("-", HoliTom(keep=0.1))):
+            verdicts = score_suite(
+                model, tokenizer, suite, seed=seed, limit=limit, carriers=sign == "+", pruner=pruner
+            )
             right = sum(verdict.right for verdict in verdicts)
-            found[suite + ("+" if carriers else "")] = round(right / limit, 3)
+            found[suite + sign] = round(right / limit, 3)
     return found

@@ -44,10 +44,14 @@ from mmserve.evaluation.tiny_pools import Item, Pools
 from mmserve.evaluation.tiny_rows import SOUGHT, Row, TinyTokenizer, frame_ends
 from mmserve.evaluation.train_phases import Phase
 from mmserve.evaluation.train_steps import decayed, schedule
+from mmserve.pruning.base import Pruner, make_pruner
 
 FACTS = 9  # about a scene, roughly: what the other classes of SUMMARY say is "nothing"
 ITEMS = 6  # of a mixed prompt, at most
 TOGETHER = 3000  # tokens that go through the model at once
+# what takes tokens away in training, in these shares: one method that keeps what matters, one that does not
+PRUNERS = {"holitom": 0.4, "random": 0.4, "visionzip": 0.1, "uniform": 0.1}
+KEEPS = (0.1, 0.1, 0.15, 0.25, 0.25, 0.5)
 
 
 class Probe(nn.Module):
@@ -128,6 +132,7 @@ class Ordered:
     items: list[Item]
     carriers: bool
     guided: bool
+    pruner: Pruner | None
     tokens: list[Tensor] = field(default_factory=list)
 
 
@@ -145,7 +150,14 @@ def _together(lengths: list[int]) -> list[tuple[int, int]]:
 def still(rng: np.random.Generator, item: Item) -> Item:
     """One frame of a clip as a video of its own: what a single carrier must hold."""
     frame = int(rng.integers(item.scene.frames))
-    return Item(moment(item.scene, frame), item.content[frame : frame + 1])
+    chosen = slice(frame, frame + 1)
+    return Item(moment(item.scene, frame), item.content[chosen], item.saliency[chosen])
+
+
+def any_pruner(rng: np.random.Generator) -> Pruner:
+    name = str(rng.choice(list(PRUNERS), p=list(PRUNERS.values())))
+    settings = {"seed": int(rng.integers(2**31))} if name == "random" else {}
+    return make_pruner(name, float(rng.choice(KEEPS)), **settings)
 
 
 class Curriculum:
@@ -219,23 +231,28 @@ class Curriculum:
                 else:
                     size = int(rng.integers(2, phase.longest_mix + 1, 2).min())  # short ones teach as well
                     items = [pools.draw("clip" if rng.random() < 0.5 else "image", rng) for _ in range(size)]
-                ordered.append(Ordered(kind, items, carriers, guided=bool(rng.random() < 0.5)))
+                reduced = not carriers and rng.random() < phase.reduced.get(kind, 0.0)
+                pruner = any_pruner(rng) if reduced else None
+                ordered.append(Ordered(kind, items, carriers, bool(rng.random() < 0.5), pruner))
         return ordered
 
     def _build(self, order: Ordered, rng: np.random.Generator) -> Row:
-        seen = [Seen(item.scene, tokens) for item, tokens in zip(order.items, order.tokens, strict=True)]
+        seen = [
+            Seen(item.scene, tokens, item.saliency)
+            for item, tokens in zip(order.items, order.tokens, strict=True)
+        ]
+        carriers, pruner = order.carriers, order.pruner
         if order.kind == "mixed" and len(seen) == 1:
-            return image_row(rng, self.words, seen[0])
+            return image_row(rng, self.words, seen[0], pruner)
         if order.kind == "mixed":
-            return mixed_row(rng, self.words, seen, carriers=order.carriers, most=3)
+            return mixed_row(rng, self.words, seen, carriers=carriers, most=3, pruner=pruner)
         if order.kind == "stream":
-            return stream_row(rng, self.words, seen[0], carriers=order.carriers, moments=8)
+            return stream_row(rng, self.words, seen[0], carriers=carriers, moments=8)
         if order.kind == "still":
-            return still_row(rng, self.words, seen[0], carriers=order.carriers)
-        views = 3 if order.kind in ("varied", "long") else 1
-        return video_row(
-            rng, self.words, seen[0], carriers=order.carriers, views=views, most=9 if views == 1 else 7
-        )
+            return still_row(rng, self.words, seen[0], carriers=carriers)
+        views = 3 if order.kind in ("varied", "long") and pruner is None else 1
+        most = 9 if views == 1 else 7
+        return video_row(rng, self.words, seen[0], carriers=carriers, views=views, most=most, pruner=pruner)
 
     def _step(
         self, phase: Phase, pools: Pools, rng: np.random.Generator, optimiser: torch.optim.Optimizer
@@ -288,7 +305,7 @@ class Curriculum:
                 named = self.probe.name_loss(of_row, row)
                 summed = self.probe.summary_loss(of_row, row, order.items)
                 painted = torch.zeros(())
-                if not order.carriers:
+                if not order.carriers and order.pruner is None:
                     painted = self.probe.token_loss(of_row, row, order)
                 if order.kind == "mixed":
                     probed = self.probe.item_loss(of_row, row)
@@ -300,7 +317,7 @@ class Curriculum:
                 + right / total
                 + (0.5 * named + 0.8 * probed + 0.3 * summed + strayed + 0.5 * (peeked + painted)) / count
             )
-            name = order.kind + ("+" if order.carriers else "")
+            name = order.kind + ("+" if order.carriers else "" if order.pruner is None else "-")
             mean = float(right.detach() / row.weights.sum())
             losses.append(
                 {

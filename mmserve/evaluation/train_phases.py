@@ -12,7 +12,8 @@ from mmserve.evaluation.tiny_pools import Supply
 class Phase:
     """`menu` is how many rows of each kind a step has on average.
 
-    `carriers` is the share of each kind's rows under the semantic mask.
+    `carriers` is the share of each kind's rows under the semantic mask, `reduced` the share of the others
+    whose media have lost tokens to a reduction method.
     """
 
     name: str
@@ -20,6 +21,7 @@ class Phase:
     peak: float
     menu: dict[str, float]
     carriers: dict[str, float]
+    reduced: dict[str, float]
     supplies: dict[Lesson, Supply]
     longest_mix: int = 6
     floor: float = 0.02  # of the learning rate, at the end
@@ -31,6 +33,7 @@ LANGUAGE = Phase(
     peak=1e-3,
     menu={"first": 16},
     carriers={},
+    reduced={},
     supplies={"first": Supply(256, 16, 8)},
 )
 LONG = Phase(
@@ -39,6 +42,7 @@ LONG = Phase(
     peak=5e-4,
     menu={"clip": 6, "still": 3, "varied": 0.6, "long": 0.4, "stream": 0.3, "mixed": 4},
     carriers={"clip": 0.4, "still": 1.0, "varied": 0.4, "long": 0.4, "stream": 0.3},
+    reduced={"clip": 0.4, "varied": 0.4, "long": 0.4, "mixed": 0.25},
     supplies={
         "clip": Supply(48, 24, 40),
         "image": Supply(32, 24, 24),

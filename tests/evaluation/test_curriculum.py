@@ -30,6 +30,7 @@ from mmserve.evaluation.drawing import COLOURS, SHAPES
 from mmserve.evaluation.suites import stream_question, stream_scene
 from mmserve.evaluation.tiny_model import build_tokenizer
 from mmserve.evaluation.tiny_rows import TinyTokenizer
+from mmserve.pruning.holitom import HoliTom
 
 WORDS = TinyTokenizer(build_tokenizer())
 
@@ -40,7 +41,8 @@ def scene(topic: str, index: int, frames: int = 8) -> Scene:
 
 def seen(made: Scene) -> Seen:
     shape = (144, 4) if made.frames == 1 else (made.frames, 36, 4)
-    return Seen(made, torch.zeros(shape))
+    tokens = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    return Seen(made, tokens, tokens[..., 0])
 
 
 @pytest.mark.parametrize("lesson", ["first", "clip", "image", "varied", "stream"])
@@ -109,6 +111,19 @@ def test_rows_of_every_kind(carriers: bool) -> None:
         assert (row.sees <= len(row.frame)).all()
         assert len(row.visual) == len(row.visual_at)
     assert rows[3].item.unique().tolist() == [-1, 0, 1, 2]
+
+
+def test_rows_whose_media_have_lost_tokens() -> None:
+    rng, pruner = np.random.default_rng(0), HoliTom(keep=0.25)
+    clip, image = seen(scene("colour", 0, 64)), seen(scene("count", 1, 1))
+    rows = [
+        video_row(rng, WORDS, clip, carriers=False, views=1, most=8, pruner=pruner),
+        mixed_row(rng, WORDS, [clip, image], carriers=False, most=2, pruner=pruner),
+        image_row(rng, WORDS, image, pruner),
+    ]
+    for row in rows:
+        assert 0 < len(row.visual) == len(row.visual_at) < len(row.positions)
+        assert int(row.positions.max()) >= 4 * len(row.visual)
 
 
 def test_the_word_that_names_an_object_is_found() -> None:

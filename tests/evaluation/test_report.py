@@ -14,13 +14,18 @@ from mmserve.errors import BadRequest, MediaError
 from mmserve.evaluation import report, run
 from mmserve.evaluation.outputs import Outputs
 from mmserve.evaluation.report import Geometry, Outcome
-from mmserve.methods import NAMES
+from mmserve.methods import NAMES, WITH_WEIGHTS, Kind
 from mmserve.request import MediaOptions, Methods, Timings, Usage
 from tests.fake_llm import FakeLLM
 
 GEOMETRY = Geometry(layers=2, hidden=8, intermediate=16, heads=2, kv_heads=1, head_dim=4)
 RUN = {"weights": "one"}
+KINDS: tuple[Kind, Kind] = ("prune", "kv")
 PRUNED = Methods(prune="holitom", keep=0.25)
+
+
+def flops(*lengths: int) -> float:
+    return GEOMETRY.prefill_flops(lengths)
 
 
 def outcome(clip: str, kind: str, correct: bool, kept: int, ttft: float, tokens: int = 3) -> Outcome:
@@ -66,7 +71,7 @@ def test_a_row_is_measured_against_the_dense_run() -> None:
     row = report.row("s", PRUNED, OURS, DENSE, GEOMETRY)
     assert row["dense"] is False
     assert row["settings"]["keep"] == 0.25
-    assert (row["n"], row["errors"]) == (3, 0)
+    assert (row["n"], row["failed"]) == (3, 0)
     assert row["accuracy"] == pytest.approx(2 / 3, abs=1e-4)
     assert row["accuracy_kept"] == pytest.approx(2 / 3, abs=1e-4)
     assert row["stderr"] == pytest.approx((2 / 9 / 2) ** 0.5, abs=1e-4)
@@ -77,27 +82,36 @@ def test_a_row_is_measured_against_the_dense_run() -> None:
     assert row["attention_density"] == 1.0
     assert row["kv_bytes_ratio"] == pytest.approx(35 / 110, abs=1e-4)
     assert row["by_kind"] == {"a": 0.5, "b": 1.0}
-    assert row["flops_ratio"] == round(GEOMETRY.prefill_flops(35) / GEOMETRY.prefill_flops(110), 4)
+    assert row["flops_ratio"] == round(flops(35, 35) / flops(110, 110), 4)
     # the slow first request moves no median
     assert row["ttft_ratio"] == 0.5
 
 
 def test_a_method_between_layers_saves_what_its_layers_do_not_see() -> None:
     inner = [
-        replace(one, usage=msgspec.structs.replace(one.usage, visual_tokens_layer_mean=40.2))
+        replace(one, usage=msgspec.structs.replace(one.usage, visual_tokens_by_layer=(100, 20)))
         for one in DENSE
         if one.usage is not None
     ]
     row = report.row("s", Methods(prune="fastv", keep=0.25), inner, DENSE, GEOMETRY)
     assert row["visual_tokens_kept_ratio"] == 1.0
-    assert row["flops_ratio"] == round(GEOMETRY.prefill_flops(50) / GEOMETRY.prefill_flops(110), 4)
+    assert row["flops_ratio"] == round(flops(110, 30) / flops(110, 110), 4)
+    assert flops(110, 30) > flops(70, 70), "pairs grow with the square: the mean would say less"
+    alike = [
+        replace(one, usage=msgspec.structs.replace(one.usage, visual_tokens_layer_mean=40.2))
+        for one in DENSE
+        if one.usage is not None
+    ]
+    row = report.row("s", Methods(prune="cdpruner", keep=0.4), alike, DENSE, GEOMETRY)
+    assert row["flops_ratio"] == round(flops(50, 50) / flops(110, 110), 4)
 
 
 def test_arithmetic_of_a_prefill_counts_weights_and_pairs() -> None:
     weights = 8 * 4 * (2 * 2 + 2 * 1) + 3 * 8 * 16
-    assert GEOMETRY.prefill_flops(1) == 2 * (2 * weights + 4 * 2 * 4)
+    assert flops(1, 1) == 2 * (2 * weights + 4 * 2 * 4)
     # three times the tokens: three times the weights, six times the causal pairs
-    assert GEOMETRY.prefill_flops(3) == 2 * (2 * weights * 3 + 4 * 2 * 4 * 6)
+    assert flops(3, 3) == 2 * (2 * weights * 3 + 4 * 2 * 4 * 6)
+    assert 2 * flops(1, 3) == flops(1, 1) + flops(3, 3)
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -112,7 +126,7 @@ def test_geometry_from_a_model_configuration(nested: bool) -> None:
 def test_missing_measurements_are_null() -> None:
     failed = [Outcome(question_id="q", kind="a", clip="1", correct=False)]
     row = report.row("s", PRUNED, failed, failed, GEOMETRY)
-    assert row["errors"] == 1
+    assert row["failed"] == 1
     assert row["accuracy"] == 0.0
     for name in ("accuracy_kept", "visual_tokens_kept_ratio", "flops_ratio", "ttft_ratio", "decode_ratio"):
         assert row[name] is None
@@ -128,6 +142,9 @@ def test_the_table_is_markdown() -> None:
     assert len({line.count("|") for line in lines}) == 1
     assert "none (dense)" in lines[2]
     assert "66.7 ± 33.3 % | -33.3 ± 33.3 | 1 |" in lines[3]
+    with_failed = [*OURS[:2], replace(OURS[2], usage=None)]
+    row = report.row("s", PRUNED, with_failed, DENSE, GEOMETRY)
+    assert "| 3 (1 failed) |" in report.markdown([row])
 
 
 def sweep(**given: str) -> list[Methods]:
@@ -148,8 +165,10 @@ def test_a_sweep_begins_with_the_dense_run() -> None:
 
 def test_a_sweep_is_every_combination_once() -> None:
     settings = sweep(prune="all", keep="all", kv="all", kv_budget="32,0.5")
-    shares = 3 * (len(NAMES["prune"]) - 2) + 2  # dense and carriers keep what they keep
-    assert len(settings) == len(set(settings)) == shares * (1 + 2 * 2)
+    # what needs a file has to be named
+    prunes, policies = (set(NAMES[kind]) - set(WITH_WEIGHTS) for kind in KINDS)
+    shares = 3 * (len(prunes) - 2) + 2  # dense and carriers keep what they keep
+    assert len(settings) == len(set(settings)) == shares * (1 + 2 * (len(policies) - 1))
     assert settings[0] == Methods()
     assert Methods(prune="uniform", keep=0.1, kv="snapkv", kv_budget=32) in settings
 
@@ -238,13 +257,13 @@ def test_what_failed_is_asked_again(tmp_path: Path) -> None:
     target = tmp_path / "outputs.jsonl"
     plan = run.Plan(suites=("clipworld-basic",), sweep=(Methods(),), limit=2)
 
-    def errors_of(open_llm: Callable[[Methods], FakeLLM]) -> int:
+    def failed_of(open_llm: Callable[[Methods], FakeLLM]) -> int:
         with Outputs(target, RUN) as outputs:
             (row,) = run.evaluate(plan, open_llm, GEOMETRY, outputs=outputs)
-        return int(row["errors"])
+        return int(row["failed"])
 
-    assert errors_of(lambda _: FakeLLM(lambda _: MediaError("x"))) == 2
-    assert errors_of(lambda _: FakeLLM()) == 0
+    assert failed_of(lambda _: FakeLLM(lambda _: MediaError("x"))) == 2
+    assert failed_of(lambda _: FakeLLM()) == 0
 
 
 @pytest.mark.parametrize("line", ['{"id": "x"}', "what", '{"run": {"weights": "other"}, "suite": "s"}'])
@@ -290,7 +309,7 @@ def test_the_command_writes_one_document(
     )
     printed = capsys.readouterr()
     assert code == 1
-    assert json.loads(printed.out)["rows"][0]["errors"] == 1
+    assert json.loads(printed.out)["rows"][0]["failed"] == 1
     assert "1 of 1 questions failed" in printed.err
 
 

@@ -12,7 +12,10 @@ from mmserve.evaluation.clipworld import Question
 from mmserve.evaluation.tiny_forward import RowAttention, embed_row, row_states
 from mmserve.evaluation.tiny_model import build_config, build_model, build_tokenizer
 from mmserve.evaluation.tiny_rows import Row, RowBuilder, TinyTokenizer
+from mmserve.pruning.base import Pruner
 from mmserve.pruning.carriers import carrier_mask, carrier_slots, remaining, with_carriers
+from mmserve.pruning.none import NoPruning
+from mmserve.pruning.random import RandomPruning
 
 TOKENIZER = build_tokenizer()
 WORDS = TinyTokenizer(TOKENIZER)
@@ -149,6 +152,45 @@ def test_positions_leap_and_branches_follow() -> None:
     steps = (positions[1:] - positions[:-1]).tolist()
     assert steps[start + 35] == 101
     assert sum(steps) == len(steps) + 100
+
+
+def mixture(pruner: Pruner | None, *, alone: bool = False) -> Row:
+    builder = RowBuilder(WORDS, carriers=False, pruner=pruner)
+    builder.text("<|im_start|>user\nItem 1:")
+    picture = clip(4, 3).flatten(0, 1)
+    builder.image(picture, alone=alone, saliency=picture[:, 0].abs())
+    builder.text("\nItem 2:")
+    frames = clip(3)
+    builder.video(frames, newline=True, gap_before=1, gap=9, saliency=frames[..., 0].abs())
+    builder.branch([ASKED])
+    return builder.row()
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_without_a_method_nothing_is_lost(alone: bool) -> None:
+    whole, left = mixture(None, alone=alone), mixture(NoPruning(keep=1.0), alone=alone)
+    for name in ("tokens", "positions", "frame", "item", "visual", "visual_at", "newline_at", "sees"):
+        assert torch.equal(getattr(whole, name), getattr(left, name)), name
+    assert whole.ended == left.ended
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_what_is_left_stands_where_it_stood(alone: bool) -> None:
+    whole, left = mixture(None, alone=alone), mixture(RandomPruning(keep=0.25), alone=alone)
+    there = torch.isin(whole.positions, left.positions)
+    assert torch.equal(whole.positions[there], left.positions)
+    assert torch.equal(whole.tokens[there], left.tokens)
+    pictured = 144 * (1 + alone)
+    assert len(left.visual) == pictured // 4 + 3 * 36 // 4
+    shown = dict(zip(whole.positions[whole.visual_at].tolist(), whole.visual, strict=True))
+    for position, row in zip(left.positions[left.visual_at].tolist(), left.visual, strict=True):
+        assert torch.equal(shown[position], row)
+    # text and newlines stay
+    assert len(left.newline_at) == len(whole.newline_at)
+    assert len(whole.tokens) - len(left.tokens) == len(whole.visual) - len(left.visual)
+    asked = len(whole.branch)
+    assert torch.equal(whole.positions[-asked:], left.positions[-asked:])
+    assert [item for _, item, _ in whole.ended] == [item for _, item, _ in left.ended]
 
 
 def test_looking_at_other_items_than_the_one_asked_about_costs() -> None:

@@ -15,7 +15,7 @@ from mmserve.evaluation.clipworld import sample_scene
 from mmserve.evaluation.curriculum import Lesson
 from mmserve.evaluation.tiny_model import DRAFT, build_config, build_model, build_tokenizer
 from mmserve.evaluation.tiny_pools import Item, Supply
-from mmserve.evaluation.train_curriculum import Curriculum, still
+from mmserve.evaluation.train_curriculum import PRUNERS, Curriculum, any_pruner, still
 from mmserve.evaluation.train_phases import Phase
 from mmserve.evaluation.train_steps import schedule
 
@@ -26,6 +26,7 @@ FROZEN = Phase(
     peak=1e-3,
     menu={"clip": 1, "still": 1, "varied": 0.5, "stream": 0, "mixed": 1},
     carriers={"clip": 0.5, "still": 1.0},
+    reduced={"clip": 0.5, "mixed": 0.5},
     supplies={"clip": Supply(1, 1, 1)},
     longest_mix=3,
 )
@@ -46,7 +47,7 @@ class NoWorkers:
         tokens = torch.from_numpy(rng.standard_normal((frames, 36, 128), np.float32)).bfloat16()
         if lesson == "image":
             tokens = torch.zeros(144, 128, dtype=torch.bfloat16)
-        return Item(scene, tokens.view(torch.int16))
+        return Item(scene, tokens.view(torch.int16), torch.rand(tokens.shape[:-1]))
 
     def close(self) -> None:
         pass
@@ -95,11 +96,29 @@ def test_the_log_holds_losses_by_kind(tmp_path: Path, monkeypatch: pytest.Monkey
     assert row["still+"] > 0
 
 
+def test_rows_of_every_kind_may_lose_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_curriculum, "Pools", NoWorkers)
+    trained = curriculum(tmp_path / "run")
+    menu = {"clip": 1, "varied": 0.5, "long": 0.5, "mixed": 0.5}
+    trained.train(replace(FROZEN, steps=20, menu=menu, carriers={}, reduced=dict.fromkeys(menu, 1.0)))
+    (line,) = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert {f"{kind}-" for kind in menu} <= json.loads(line).keys()
+
+
+def test_every_method_takes_its_turn() -> None:
+    rng = np.random.default_rng(0)
+    drawn = [any_pruner(rng) for _ in range(100)]
+    assert {pruner.name for pruner in drawn} == set(PRUNERS)
+    assert {pruner.keep for pruner in drawn} <= {0.1, 0.15, 0.25, 0.5}
+    assert any_pruner(np.random.default_rng(1)) == any_pruner(np.random.default_rng(1))
+
+
 def test_a_still_is_one_frame_of_a_clip() -> None:
     pools = NoWorkers()
     item = pools.draw("clip", np.random.default_rng(0))
     one = still(np.random.default_rng(0), item)
     assert one.scene.frames == len(one.content) == 1
+    assert one.saliency.shape == (1, 36)
 
 
 def test_the_rate_warms_up_and_falls_to_its_floor() -> None:

@@ -27,13 +27,20 @@ def page_bytes(*, page_size: int, head_dim: int, dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVExport:
-    """A sequence's KV outside any pool; everything but `lengths` is head after head, layer after layer."""
+    """A sequence's KV outside any pool; everything but `lengths` is head after head, layer after layer.
+
+    `order` and `position` are of one head where all heads are alike.
+    """
 
     lengths: IntArray  # [layers, kv_heads]
-    order: IntArray  # [total]
-    position: IntArray  # [total], or [total, axes]
+    order: IntArray  # [total] or [one head]
+    position: IntArray  # the same, or with a second axis of `axes`
     k: Tensor  # [total, d]
     v: Tensor  # [total, d]
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
 
 
 class PageStore:
@@ -49,12 +56,12 @@ class PageStore:
     ) -> None:
         self.page_size = page_size
         shape = (num_pages, page_size, head_dim)
-        self.k, self.v = _zeros(shape, dtype, device), _zeros(shape, dtype, device)
+        self.k, self.v = zeros(shape, dtype, device), zeros(shape, dtype, device)
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page, K and V together."""
-        return 2 * self.k[0].numel() * self.k.itemsize
+        return page_bytes(page_size=self.page_size, head_dim=self.k.shape[2], dtype=self.k.dtype)
 
     def write(self, slots: SlotArray | Tensor, k: Tensor, v: Tensor) -> None:
         """Put k and v [..., d] into slots [...]; no slot may appear twice."""
@@ -87,31 +94,24 @@ class PageStore:
 
     def export(self, table: PageTable, sequence: str) -> KVExport:
         """Everything a sequence has, as plain arrays."""
-        heads = [(layer, head) for layer in range(table.layers) for head in range(table.kv_heads)]
         rows = [table.slots(sequence, layer) for layer in range(table.layers)]
         k, v = self.read(np.concatenate([row[row >= 0] for row in rows]))
+        order, position = table.places(sequence)
         return KVExport(
             lengths=table.lengths(sequence),
-            order=np.concatenate([table.order(sequence, *head) for head in heads]),
-            position=np.concatenate([table.position(sequence, *head) for head in heads]),
+            order=order,
+            position=position,
             k=k,
             v=v,
         )
 
     def import_(self, table: PageTable, sequence: str, export: KVExport) -> None:
         """Create `sequence` from an export; raises OutOfPages, or WireError when its parts do not fit."""
-        heads = (table.layers, table.kv_heads)
-        lengths = export.lengths
-        if lengths.shape != heads or (lengths < 0).any():
-            raise WireError(f"Expected KV lengths of shape {heads}, none negative, but got {lengths.shape}")
-        total = int(lengths.sum(dtype=np.int64))
+        total = check_rows(table, export.lengths, export.order, export.position)
         expected = (total, self.k.shape[-1])
-        positions = (total,) if table.axes == 1 else (total, table.axes)
-        if export.order.shape != (total,) or export.position.shape != positions:
-            raise WireError(f"Expected order and position of {total} KV slots, but got {export.order.shape}")
         if export.k.shape != expected or export.v.shape != expected:
             raise WireError(f"Expected keys and values of shape {expected}, but got {tuple(export.k.shape)}")
-        slots = table.restore(sequence, lengths, export.order, export.position)
+        slots = table.restore(sequence, export.lengths, export.order, export.position)
         self.write(slots, export.k.to(self.k.device), export.v.to(self.v.device))
 
     def _tensor(self, slots: SlotArray | Tensor) -> Tensor:
@@ -119,7 +119,20 @@ class PageStore:
         return tensor.to(self.k.device)
 
 
-def _zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> Tensor:
+def check_rows(table: PageTable, lengths: IntArray, order: IntArray, position: IntArray) -> int:
+    """How many slots an export has; raises WireError when its parts do not fit a table."""
+    heads = (table.layers, table.kv_heads)
+    if lengths.shape != heads or (lengths < 0).any():
+        raise WireError(f"Expected KV lengths of shape {heads}, none negative, but got {lengths.shape}")
+    total = int(lengths.sum(dtype=np.int64))
+    rows, axes = order.shape[:1], () if table.axes == 1 else (table.axes,)
+    is_fitting = rows == (total,) or (order.ndim == 1 and bool((lengths == rows).all()))
+    if not is_fitting or order.shape != rows or position.shape != (*rows, *axes):
+        raise WireError(f"Expected order and position of {total} KV slots, but got {order.shape}")
+    return total
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
     """What was never written must be finite.
 
     On a CPU through numpy, which leaves it to the system to hand out memory when it is first written, and

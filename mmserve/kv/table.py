@@ -136,7 +136,8 @@ class PageTable:
     def restore(self, sequence: str, lengths: IntArray, order: IntArray, position: IntArray) -> SlotArray:
         """A new sequence with these `lengths` [layers, kv_heads]; returns its flat slots [sum of lengths].
 
-        Slots, `order` and `position` are head after head, layer after layer.
+        Slots, `order` and `position` are head after head, layer after layer; these two are of one head where
+        they are as short.
         """
         assert sequence not in self._sequences, f"sequence {sequence} exists"
         state = self._new()
@@ -147,8 +148,9 @@ class PageTable:
         mask = index < lengths[..., None]
         state.order = np.zeros(mask.shape, np.int32)
         state.position = np.zeros((*mask.shape, self.axes), np.int32)
-        state.order[mask] = order
-        state.position[mask] = self._with_axes(position, len(order))
+        times = lengths.size if len(order) < lengths.sum() else 1
+        state.order[mask] = np.tile(order, times)
+        state.position[mask] = np.tile(self._with_axes(position, len(order)), (times, 1))
         state.unite()
         return state.flat(np.where(mask, index, 0))[mask]
 
@@ -207,6 +209,16 @@ class PageTable:
         state = self._sequences[sequence]
         rows = self._row(state.position, layer, head)[: state.lengths[layer, head]].copy()
         return rows[:, 0] if self.axes == 1 else rows
+
+    def places(self, sequence: str) -> tuple[IntArray, IntArray]:
+        """Orders and positions of all slots, head after head, layer after layer; if alike, of one head."""
+        heads = list(np.ndindex(self.layers, self.kv_heads))
+        if self._sequences[sequence].is_alike:
+            heads = heads[:1]
+        return (
+            np.concatenate([self.order(sequence, *head) for head in heads]),
+            np.concatenate([self.position(sequence, *head) for head in heads]),
+        )
 
     # shrinking and sharing
 

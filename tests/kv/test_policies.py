@@ -1,134 +1,164 @@
-"""KV policies: the shared contract over all of them, and SnapKV against a literal loop."""
+"""KV policies: the shared contract over all of them."""
 
 from __future__ import annotations
 
-import math
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mmserve.errors import BadRequest
-from mmserve.kv.base import POLICIES, LayerView, load_policy
-from mmserve.kv.snapkv import SnapKV
+from mmserve.kv.base import POLICIES, KVPolicy, make_policy, slots_kept, visual_budget
+from mmserve.methods import NAMES, WITH_WEIGHTS
+from tests.kv.scene import GROUP, HIDDEN, KV_HEADS, LAYERS, WIDTH, Scene
 
-KV_HEADS, GROUP, WIDTH = 2, 3, 8
-
-
-def view(budget: float, *, visual: int = 17, before: int = 3, after: int = 5, seed: int = 0) -> LayerView:
-    """A prompt of text, visual slots and text; orders have gaps, as after encoder-side reduction."""
-    generator = torch.Generator().manual_seed(seed)
-    total = before + visual + after
-    order = torch.arange(total) * 2 + 1
-    mask = torch.zeros(total, dtype=torch.bool)
-    mask[before : before + visual] = True
-    return LayerView(
-        layer=1,
-        queries=torch.randn(after, KV_HEADS * GROUP, WIDTH, generator=generator),
-        query_order=order[before + visual :],
-        keys=torch.randn(KV_HEADS, total, WIDTH, generator=generator),
-        values=torch.randn(KV_HEADS, total, WIDTH, generator=generator),
-        visual=mask,
-        order=order,
-        budget=budget,
-    )
+SCENE = Scene()
+EVERY = sorted(POLICIES)
 
 
-@pytest.mark.parametrize("name", sorted(POLICIES))
-@pytest.mark.parametrize(("budget", "expected"), [(0.29, 4), (0.01, 1), (1.0, 17), (12, 4), (5, 0), (99, 17)])
-def test_budgets_are_kept_and_text_stays(name: str, budget: float, expected: int) -> None:
-    what = view(budget)
-    kept = load_policy(name).select(what)
-    assert len(kept) == KV_HEADS
-    text = set(np.flatnonzero(~what.visual.numpy()).tolist())
-    for head in kept:
-        assert head.dtype == np.int64
-        assert (np.diff(head) > 0).all()
-        assert text <= set(head.tolist())
-        assert len(head) - len(text) == (17 if name == "none" else expected)
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A file for each policy that needs one."""
+    folder = tmp_path_factory.mktemp("weights")
+    generator = torch.Generator().manual_seed(3)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    width = (KV_HEADS * GROUP + 2 * KV_HEADS) * WIDTH
+    zap: dict[str, torch.Tensor] = {}
+    locret: dict[str, torch.Tensor] = {}
+    for layer in range(LAYERS):
+        zap |= {f"layers.{layer}.weight": drawn(KV_HEADS, HIDDEN), f"layers.{layer}.bias": drawn(KV_HEADS)}
+        at = f"model.layers.{layer}.self_attn"
+        locret |= {f"{at}.fc1.weight": drawn(6, width), f"{at}.fc2.weight": drawn(KV_HEADS, 6)}
+    save_file(zap, folder / "zap.safetensors")
+    save_file(locret, folder / "locret.safetensors")
+    gates = {"gates": [[0.1 * layer, 0.9 - 0.1 * layer] for layer in range(LAYERS)]}
+    (folder / "duo.json").write_text(json.dumps(gates))
+    return {
+        "kvzap": str(folder / "zap.safetensors"),
+        "locret": str(folder / "locret.safetensors"),
+        "duo": str(folder / "duo.json"),
+    }
 
 
-@pytest.mark.parametrize("name", sorted(POLICIES))
-def test_selection_is_repeatable_and_declared(name: str) -> None:
-    policy = load_policy(name)
+def made(name: str, weights: dict[str, str], **settings: object) -> KVPolicy:
+    if name in WITH_WEIGHTS:
+        settings |= {"weights": weights[name]}
+        settings |= {"recent": 3, "sink": 4} if name == "duo" else {"window": 7}
+    return make_policy(name, **settings)
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("slots", [4, 1, 0, 16])
+def test_a_budget_is_kept(name: str, slots: int, weights: dict[str, str]) -> None:
+    policy = made(name, weights)
+    kept = SCENE.chosen(policy, slots)
+    counts = [len(head) for layer in kept for head in layer]
+    for layer in kept:
+        assert len(layer) == KV_HEADS
+        for head in layer:
+            assert head.dtype == np.int64
+            assert (np.diff(head) > 0).all()
+            assert len(head) == 0 or (head[0] >= 0 and head[-1] < SCENE.visual)
+    if name == "none":
+        assert counts == [SCENE.visual] * LAYERS * KV_HEADS
+    elif policy.count == "exact":
+        assert sum(counts) == slots * LAYERS * KV_HEADS
+    else:
+        assert sum(counts) <= slots * LAYERS * KV_HEADS
+    if policy.granularity == "token":
+        assert all(np.array_equal(head, kept[0][0]) for layer in kept for head in layer)
+    elif policy.granularity == "layer":
+        assert all(np.array_equal(head, layer[0]) for layer in kept for head in layer)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_whole_budget_keeps_all_unless_it_is_a_bound(name: str, weights: dict[str, str]) -> None:
+    policy = made(name, weights)
+    kept = SCENE.chosen(policy, SCENE.visual)
+    if policy.count == "exact" or name in ("duo", "kvzap"):
+        assert all(len(head) == SCENE.visual for layer in kept for head in layer)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_choice_is_repeatable_and_does_not_depend_on_chunks(name: str, weights: dict[str, str]) -> None:
+    policy = made(name, weights)
+    first, *others = (SCENE.chosen(policy, 4, chunk=chunk) for chunk in (1000, 1000, 1, 5))
+    for other in others:
+        for one, two in zip(first, other, strict=True):
+            assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_policy_declares_itself(name: str, weights: dict[str, str]) -> None:
+    policy = made(name, weights)
     assert policy.name == name
+    assert name in NAMES["kv"]
+    assert policy.trained_weights == (name in WITH_WEIGHTS)
+    assert policy.paper.startswith("arXiv:") or name in ("none", "random")
     assert policy.acts_at == "prefill_end"
-    first, second = policy.select(view(0.3)), policy.select(view(0.3))
-    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+    asks = Scene(after=0)
+    if policy.needs_query and policy.probe() is None:
+        with pytest.raises(BadRequest, match="text after"):
+            asks.chosen(policy, 4)
+    elif policy.probe() is None:
+        asks.chosen(policy, 4)
 
 
-@pytest.mark.parametrize("name", sorted(POLICIES))
-def test_a_prompt_without_media_loses_nothing(name: str) -> None:
-    assert [len(head) for head in load_policy(name).select(view(0.1, visual=0))] == [8, 8]
+@pytest.mark.parametrize("name", WITH_WEIGHTS[1:])
+def test_without_its_file_a_policy_says_so(name: str, tmp_path: Path, weights: dict[str, str]) -> None:
+    with pytest.raises(BadRequest, match=r"kv_options\.weights"):
+        SCENE.chosen(make_policy(name), 4)
+    (tmp_path / "broken").write_bytes(b"{}")
+    with pytest.raises(BadRequest, match=r"kv_options\.weights"):
+        SCENE.chosen(make_policy(name, weights=str(tmp_path / "broken")), 4)
+    other = weights["kvzap" if name == "locret" else "locret"]
+    with pytest.raises(BadRequest, match=r"kv_options\.weights"):
+        SCENE.chosen(make_policy(name, weights=other), 4)
 
 
-def test_random_differs_between_heads_layers_and_prompts() -> None:
-    policy = load_policy("random")
-    heads = policy.select(view(0.3))
-    assert not np.array_equal(heads[0], heads[1])
-    assert not np.array_equal(heads[0][:8], policy.select(view(0.3, before=4))[0][:8])
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [(0.29, 4), (0.01, 1), (1.0, 17), (12, 4), (5, 0), (99, 17)],
+)
+def test_a_budget_counts_visual_slots_or_all(budget: float, expected: int) -> None:
+    assert visual_budget(budget, 25, 17) == expected
 
 
-def literal_scores(what: LayerView, pool: int) -> list[list[float]]:
-    """SnapKV as the paper writes it, one number at a time."""
-    places = [i for i, is_visual in enumerate(what.visual.tolist()) if is_visual]
-    result = []
-    for kv_head in range(KV_HEADS):
-        total = [0.0] * len(places)
-        for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
-            mean = [0.0] * len(places)
-            for row, query in enumerate(what.queries[:, head].double()):
-                weights = [
-                    math.exp(float(query @ key) / math.sqrt(WIDTH)) if order <= what.query_order[row] else 0.0
-                    for key, order in zip(what.keys[kv_head].double(), what.order.tolist(), strict=True)
-                ]
-                for i, place in enumerate(places):
-                    mean[i] += weights[place] / sum(weights) / len(what.queries)
-            half = pool // 2
-            for i in range(len(places)):
-                total[i] += sum(mean[max(i - half, 0) : i + half + 1]) / pool / GROUP
-        result.append(total)
-    return result
+def test_text_stays() -> None:
+    visual = np.array([False, True, True, False, True])
+    assert slots_kept(visual, np.array([0, 2])).tolist() == [0, 1, 3, 4]
+    assert slots_kept(visual, np.array([], np.int64)).tolist() == [0, 3]
 
 
-def test_snapkv_scores_equal_a_literal_loop() -> None:
-    what = view(0.3)
-    expected = torch.tensor(literal_scores(what, 5), dtype=torch.float32)
-    torch.testing.assert_close(SnapKV().scores(what), expected, rtol=1e-5, atol=1e-7)
-    kept = SnapKV().select(what)
-    for head in range(KV_HEADS):
-        best = sorted(range(17), key=lambda i: (-expected[head, i], i))[: what.visual_budget]
-        assert kept[head].tolist() == sorted([0, 1, 2, *(3 + i for i in best), *range(20, 25)])
+def test_an_unknown_policy_or_setting_is_named_with_the_known_ones() -> None:
+    with pytest.raises(BadRequest, match=r"none, random, snapkv, .* but got h3o"):
+        make_policy("h3o")
+    with pytest.raises(BadRequest, match="settings of snapkv to be one of window, pool, pooling"):
+        make_policy("snapkv", windows=3)
 
 
-def test_snapkv_resolves_ties_to_the_lower_index() -> None:
-    what = view(0.3)
-    what.keys.zero_()
-    # equal attention everywhere; the average over neighbours is smaller at both edges only
-    assert SnapKV().select(what)[0].tolist() == [0, 1, 2, 5, 6, 7, 8, 9, *range(20, 25)]
-
-
-def test_snapkv_uses_the_last_queries_of_a_long_question() -> None:
-    what = view(0.3, after=9)
-    short = view(0.3, after=9)
-    narrow = LayerView(
-        layer=1,
-        queries=short.queries[-2:],
-        query_order=short.query_order[-2:],
-        keys=short.keys,
-        values=short.values,
-        visual=short.visual,
-        order=short.order,
-        budget=0.3,
-    )
-    assert torch.equal(SnapKV(window=2).scores(what), SnapKV().scores(narrow))
-
-
-def test_snapkv_needs_text_after_the_last_image() -> None:
-    with pytest.raises(BadRequest, match="text after"):
-        load_policy("snapkv").select(view(0.3, after=0))
-
-
-def test_an_unknown_policy_is_named_with_the_known_ones() -> None:
-    with pytest.raises(BadRequest, match="none, random, snapkv, but got h3o"):
-        load_policy("h3o")
+@pytest.mark.parametrize(
+    ("name", "setting", "value"),
+    [
+        ("snapkv", "window", 65),
+        ("snapkv", "pool", 4),
+        ("snapkv", "pooling", "sum"),
+        ("adakv", "floor", 1.5),
+        ("h2o", "recent", -0.1),
+        ("expected", "covariance", 1),
+        ("look_m", "merging", "none"),
+        ("random", "seed", "1"),
+        ("streaming", "sink", 0.5),
+        ("zipvl", "tau", 2),
+        ("kvzip", "chunk", 1),
+    ],
+)
+def test_a_wrong_value_is_refused(name: str, setting: str, value: object) -> None:
+    with pytest.raises(BadRequest, match=f"Expected {setting}"):
+        make_policy(name, **{setting: value})

@@ -8,34 +8,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from mmserve.kv.base import LayerView, Selection
+from mmserve.kv.base import KVPolicy, LayerView
+from mmserve.pruning.base import check_count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RandomEviction:
+class RandomEviction(KVPolicy):
     name: ClassVar[str] = "random"
-    paper: ClassVar[str] = ""
-    needs_query: ClassVar[bool] = False
-    needs_whole_item: ClassVar[bool] = True
-    needs_all_layers: ClassVar[bool] = False
-    acts_at: ClassVar[Literal["prefill_end"]] = "prefill_end"
-    granularity: ClassVar[Literal["head"]] = "head"
-    count: ClassVar[Literal["exact"]] = "exact"
 
     seed: int = 0
 
-    def select(self, view: LayerView) -> Selection:
+    def __post_init__(self) -> None:
+        check_count("seed", self.seed, 0, 2**31)
+
+    def scores(self, view: LayerView) -> Tensor:
+        """Drawn slots score by how early they were drawn."""
         visual = view.visual.cpu().numpy()
         order = view.order.cpu().numpy().astype(np.int64)
         content = blake2b(order.tobytes() + visual.tobytes(), digest_size=8).digest()
-        text, candidates = np.flatnonzero(~visual), np.flatnonzero(visual)
-        kept = []
+        count = int(visual.sum())
+        scores = np.empty((len(view.keys), count), np.float32)
         for head in range(len(view.keys)):
             draw = np.random.default_rng([self.seed, view.layer, head, int.from_bytes(content, "little")])
-            chosen = draw.permutation(candidates)[: view.visual_budget]
-            kept.append(np.sort(np.concatenate([text, chosen])))
-        return kept
+            scores[head, draw.permutation(count)] = -np.arange(count)
+        return torch.from_numpy(scores)

@@ -1,0 +1,1 @@
+"""One KV policy per file."""

@@ -7,6 +7,7 @@ import torch
 from mmserve.attention.cpu import CpuAttention
 from mmserve.attention.cuda import CudaAttention
 from mmserve.attention.paged import PagedAttention
+from mmserve.attention.quantized import CpuDecoding, Decoding, PageDecoding
 
 ATTENTION: dict[str, type[PagedAttention]] = {"cpu": CpuAttention, "cuda": CudaAttention}
 
@@ -14,3 +15,8 @@ ATTENTION: dict[str, type[PagedAttention]] = {"cpu": CpuAttention, "cuda": CudaA
 def attention_for(device: torch.device) -> type[PagedAttention]:
     """The fastest attention over paged KV for a device."""
     return ATTENTION.get(device.type, PagedAttention)
+
+
+def decoding_for(device: torch.device) -> type[Decoding]:
+    """The fastest attention of decodes over quantized pages."""
+    return CpuDecoding if device.type == "cpu" else PageDecoding

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from mmserve.attention.blocked import blocked_causal
-from mmserve.attention.paged import PagedAttention, SequenceRows
+from mmserve.attention.paged import PagedAttention, SequenceRows, Watch
 from mmserve.attention.segmented import SegmentedPrompt
+from mmserve.attention.selection import Selected
 from mmserve.kernels.paged_decode.cpu import paged_decode
 from mmserve.kernels.prefill_attention import cpu as native
 from mmserve.kv.sequence import Runs
@@ -35,10 +36,13 @@ class CpuAttention(PagedAttention):
         batch: Sequence[SequenceRows],
         observe: Mapping[str, Sequence[int]] | None = None,
         layers: range | None = None,
+        watch: Sequence[Watch] = (),
     ) -> None:
-        super().__init__(table, store, batch, observe, layers)
+        super().__init__(table, store, batch, observe, layers, watch)
         self._runs = {rows.sequence: table.runs(rows.sequence) for rows in batch}
-        self._prompt_runs = {rows.sequence: _joined([self._runs[rows.sequence]]) for rows in self._prompts}
+        self._prompt_runs = {
+            rows.sequence: joined_runs([self._runs[rows.sequence]]) for rows in self._prompts
+        }
         self._segmented = {
             rows.sequence: SegmentedPrompt(
                 store,
@@ -51,7 +55,7 @@ class CpuAttention(PagedAttention):
             if rows.until is not None
         }
         if self._decodes:
-            self._decode_runs = _joined([self._runs[rows.sequence] for rows in self._decodes])
+            self._decode_runs = joined_runs([self._runs[rows.sequence] for rows in self._decodes])
 
     def _prompt(self, layer: int, rows: SequenceRows, q: Tensor) -> Tensor:
         if rows.until is not None:
@@ -108,18 +112,35 @@ class CpuAttention(PagedAttention):
         if q.dtype is not self._store.k.dtype:
             return super()._decode(layer, q)
         width, runs = q.shape[-1], self._decode_runs
+        found = self._selected(layer, self._decodes, q)
+        if any(selected is not None for selected in found):
+            first, length, begin = self._selected_runs(layer, found)
+        else:
+            first, length, begin = runs.first[layer], runs.length[layer], runs.begin
         return paged_decode(
             q,
             self._store.k.view(-1, width),
             self._store.v.view(-1, width),
-            runs.first[layer],
-            runs.length[layer],
-            runs.begin,
+            first,
+            length,
+            begin,
             scale=width**-0.5,
         )
 
+    def _selected_runs(self, layer: int, found: Sequence[Selected | None]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the pages that decodes have selected, or of all; as `JoinedRuns` of one layer."""
+        parts = []
+        for rows, selected in zip(self._decodes, found, strict=True):
+            runs = self._runs[rows.sequence]
+            of_layer = runs.first[:, layer].T, runs.length[:, layer].T
+            parts.append(of_layer if selected is None else selected.runs(self._table.page_size))
+        counts = np.repeat([first.shape[1] for first, _ in parts], self._table.kv_heads)
+        first, length = (np.concatenate([part[at].reshape(-1) for part in parts]) for at in range(2))
+        begin = np.concatenate([[0], np.cumsum(counts)])
+        return torch.from_numpy(first), torch.from_numpy(length), torch.from_numpy(begin)
 
-class _JoinedRuns(NamedTuple):
+
+class JoinedRuns(NamedTuple):
     """Runs of every (sequence, KV head), one after another."""
 
     first: Tensor  # int64 [layers, runs]
@@ -127,7 +148,7 @@ class _JoinedRuns(NamedTuple):
     begin: Tensor  # int64 [sequences * kv_heads + 1], where those of each begin
 
 
-def _joined(sequences: list[Runs]) -> _JoinedRuns:
+def joined_runs(sequences: list[Runs]) -> JoinedRuns:
     assert sequences, "there is a sequence"
     layers = sequences[0].first.shape[1]
     first = [runs.first.transpose(1, 2, 0).reshape(layers, -1) for runs in sequences]
@@ -136,7 +157,7 @@ def _joined(sequences: list[Runs]) -> _JoinedRuns:
     begin = np.concatenate([[0], np.cumsum(counts)])
     arrays = np.concatenate(first, axis=1), np.concatenate(length, axis=1), begin
     # with one KV head what is concatenated is a transposed view, and so is the result
-    return _JoinedRuns(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
+    return JoinedRuns(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
 
 
 @lru_cache(maxsize=4)

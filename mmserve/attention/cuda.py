@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmserve.attention.paged import PagedAttention, SequenceRows
-from mmserve.attention.tiles import Chunk, segmented_index
+from mmserve.attention.paged import PagedAttention, SequenceRows, Watch
+from mmserve.attention.tiles import Chunk, segmented_index, tile_rows_for
 from mmserve.attention.visibility import segments
 from mmserve.kernels.dispatch import backend_for
 from mmserve.kernels.norm_rope import rope_append
-from mmserve.kernels.paged_decode import naive_pages
+from mmserve.kernels.paged_decode import Decoded, PageScales, naive_pages
 from mmserve.kernels.prefill_attention import AttentionIndex, dense_index, prefill_attention
 from mmserve.kv.store import PageStore
 from mmserve.kv.table import IntArray, PageTable
@@ -76,19 +77,29 @@ def decode_attention(q: Tensor, store: PageStore, pages: Tensor, lengths: Tensor
 
     pages int32 [B, kv_heads, max_pages] and lengths int32 [B, kv_heads] are those of one layer.
     """
+    return page_attention(q, store.k, store.v, pages, lengths).out
+
+
+def page_attention(
+    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, lengths: Tensor, scales: PageScales | None = None
+) -> Decoded:
+    """The same over any pages k and v, with the LSE of every row; a head may have no slots."""
     scale = q.shape[-1] ** -0.5
     if backend_for(q.device) == "naive":
-        return naive_pages.paged_decode(q, store.k, store.v, pages, lengths, scale=scale).out.to(q.dtype)
+        found = naive_pages.paged_decode(q, k, v, pages, lengths, scale=scale, scales=scales)
+        return found._replace(out=found.out.to(q.dtype))
     # triton is imported only where it runs
     from mmserve.kernels.paged_decode import triton
 
     # elsewhere the number of processors would be asked for
     splits = None if q.is_cuda else INTERPRETED_SPLITS
-    return triton.paged_decode(q, store.k, store.v, pages, lengths, scale=scale, splits=splits).out
+    return triton.paged_decode(q, k, v, pages, lengths, scale=scale, scales=scales, splits=splits)
 
 
 class CudaAttention(PagedAttention):
     """The same results as `PagedAttention`, without gathering and without waiting."""
+
+    is_fused = True
 
     def __init__(
         self,
@@ -97,9 +108,10 @@ class CudaAttention(PagedAttention):
         batch: Sequence[SequenceRows],
         observe: Mapping[str, Sequence[int]] | None = None,
         layers: range | None = None,
+        watch: Sequence[Watch] = (),
     ) -> None:
         batch = sorted(batch, key=lambda rows: rows.start)
-        super().__init__(table, store, batch, observe, layers)
+        super().__init__(table, store, batch, observe, layers, watch)
         device = store.k.device
         self._slots = to_device(self._new_slots, device)  # [layers, kv_heads, N]
         self._observe = {
@@ -108,11 +120,9 @@ class CudaAttention(PagedAttention):
         tables = HeadTables.of(table, [rows.sequence for rows in batch])
         self._pages, self._lengths = to_device(tables.pages, device), to_device(tables.lengths, device)
         self._singles = next((at for at, rows in enumerate(batch) if rows.stop != at + 1), len(batch))
-        self._chunks = None
-        if chunks := batch[self._singles :]:
-            lengths = tables.lengths[:, self._singles : len(batch)]
-            pages = self._pages[:, self._singles : len(batch)]
-            self._chunks = _Chunks(table, store, chunks, lengths, pages)
+        self._rows_alone, self._chunks = batch[: self._singles], batch[self._singles :]
+        self._chunk_lengths = tables.lengths[:, self._singles : len(batch)]
+        self._dense: dict[tuple[int, ...], _Chunks] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.dtype is not self._store.k.dtype:
@@ -126,15 +136,55 @@ class CudaAttention(PagedAttention):
         return self._outputs(layer, append(qkv, rotation, slots, self._store))
 
     def _outputs(self, layer: int, q: Tensor) -> Tensor:
-        for name, rows in self._observe.items():
-            self.observed[name].append(q.index_select(0, rows))
+        self._look(layer, q)
         singles, parts = self._singles, []
         if singles:
-            pages, lengths = self._pages[layer, :singles], self._lengths[layer, :singles]
+            pages, lengths = self._decode_pages(layer, q[:singles])
             parts.append(decode_attention(q[:singles], self._store, pages, lengths))
-        if self._chunks is not None:
-            parts.append(self._chunks.attend(layer, q[singles:]))
+        if self._chunks:
+            parts.append(self._prompts_outputs(layer, q[singles:]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _decode_pages(self, layer: int, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Pages int32 [singles, kv_heads, most] and lengths [singles, kv_heads] that single rows q read."""
+        pages, lengths = self._pages[layer, : len(q)], self._lengths[layer, : len(q)]
+        found = self._selected(layer, self._rows_alone, q)
+        if all(selected is None for selected in found):
+            return pages, lengths
+        pages, lengths = pages.clone(), lengths.clone()
+        for row, selected in enumerate(found):
+            if selected is not None:
+                pages[row, :, : selected.pages.shape[1]] = selected.pages
+                lengths[row] = to_device(selected.lengths, lengths.device)
+        return pages, lengths
+
+    def _prompts_outputs(self, layer: int, q: Tensor) -> Tensor:
+        """Of the chunks' rows q; a pattern may take the leading ones of some, the others go together."""
+        outs: list[Tensor] = []
+        rest: list[SequenceRows] = []
+        for rows in self._chunks:
+            sparse, start = self._sparse.get(rows.sequence), rows.start - self._singles
+            found = None if sparse is None else sparse.attend(layer, q[start : rows.stop - self._singles])
+            outs.append(q[:0] if found is None else found)
+            rest.append(rows._replace(start=rows.start + len(outs[-1])))
+        if not any(map(len, outs)):
+            return self._causal(rest).attend(layer, q)
+        left = [q[rows.start - self._singles : rows.stop - self._singles] for rows in rest]
+        dense = self._causal(rest).attend(layer, torch.cat(left)) if any(map(len, left)) else q[:0]
+        parts = zip(outs, dense.split([len(rows) for rows in left]), strict=True)
+        return torch.cat([part for both in parts for part in both])
+
+    def _causal(self, chunks: Sequence[SequenceRows]) -> _Chunks:
+        """Dense attention of what is left of each chunk; the same ones in most layers."""
+        key = tuple(rows.start for rows in chunks)
+        if key not in self._dense:
+            there = [at for at, rows in enumerate(chunks) if rows.stop > rows.start]
+            pages = self._pages[:, self._singles : self._singles + len(chunks)]
+            if len(there) < len(chunks):
+                pages = pages.index_select(1, to_device(np.array(there), pages.device))
+            own, lengths = [chunks[at] for at in there], self._chunk_lengths[:, there]
+            self._dense[key] = _Chunks(self._table, self._store, own, lengths, pages)
+        return self._dense[key]
 
 
 class _Chunks:
@@ -159,7 +209,8 @@ class _Chunks:
         self._pages = None if all(len(first) == 1 for first in runs) else pages
         begins = np.stack([first[0] for first in runs], axis=1).reshape(table.layers, -1, 1)
         self._begins = to_device(begins, store.k.device)  # [layers, axes, 1]
-        self._chunks = [_chunk(table, rows, chunks[0].start) for rows in chunks]
+        starts = accumulate((rows.stop - rows.start for rows in chunks[:-1]), initial=0)
+        self._chunks = [_chunk(table, rows, start) for rows, start in zip(chunks, starts, strict=True)]
         self._lengths = lengths.reshape(table.layers, -1)
         self._indexes: dict[tuple[int, bytes], AttentionIndex] = {}
 
@@ -184,7 +235,7 @@ class _Chunks:
 
     def _build(self, layer: int, group: int) -> AttentionIndex:
         device, lengths = self._store.k.device, self._lengths[layer]
-        tile_rows = _tile_rows(device, self._store.k)
+        tile_rows = tile_rows_for(self._store.k)
         if any(chunk.segments is not None for chunk in self._chunks):
             of_heads = lengths.reshape(-1, self._kv_heads)
             index = segmented_index(self._chunks, of_heads, group=group, tile_rows=tile_rows)
@@ -221,21 +272,13 @@ class _Chunks:
         return replace(index, rows=torch.from_numpy(rows), row_order=torch.from_numpy(orders))
 
 
-def _chunk(table: PageTable, rows: SequenceRows, first: int) -> Chunk:
-    """A chunk among those whose packed rows begin with `first`."""
+def _chunk(table: PageTable, rows: SequenceRows, start: int) -> Chunk:
+    """A chunk whose first row is the packed row `start`."""
     count = rows.stop - rows.start
     if rows.until is None:
-        return Chunk(rows.start - first, count)
+        return Chunk(start, count)
     found = segments(table.order(rows.sequence, 0, 0), rows.until, count)
-    return Chunk(rows.start - first, count, found)
-
-
-def _tile_rows(device: torch.device, pages: Tensor) -> int:
-    if backend_for(device) == "naive":
-        return 128
-    from mmserve.kernels.prefill_attention.triton import default_tile_rows
-
-    return default_tile_rows(pages.shape[2], pages.dtype.itemsize)
+    return Chunk(start, count, found)
 
 
 def _rounded(number: int, step: int) -> int:

@@ -6,15 +6,20 @@ Knows nothing about pages: the axis of a key is its place among the slots of its
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mmserve.attention.visibility import Run, Segment, runs_of
+from mmserve.kernels.dispatch import backend_for
 from mmserve.kernels.prefill_attention import AttentionIndex
 from mmserve.kernels.prefill_attention.index import TILE_FIELDS
 from mmserve.kv.table import IntArray
+
+NATIVE_TILE_ROWS = 192  # that share what `cpu_tiles` has gathered
 
 
 class Chunk(NamedTuple):
@@ -89,3 +94,33 @@ def _tiles(chunk: Chunk, axis: int, slots: int, heads: int, tile_rows: int) -> I
             rows = (chunk.start + np.arange(first, stop) - older) * heads + axis % heads
             runs = [*seen, Run(begin, 1, stop - begin)]
             yield _Tile(axis, rows.astype(np.int32), runs, past + stop - begin)
+
+
+def head_by_head(index: AttentionIndex, begin: Tensor, *, group: int) -> AttentionIndex:
+    """An index of one sequence whose KV heads become sequences of one head, from begin int64 [kv_heads] on.
+
+    The packed row r of KV head h is row r * kv_heads + h, of `group` query heads.
+    """
+    heads = len(begin)
+    kv_head = index.tiles[:, 1] // group
+    tiles = index.tiles.clone()
+    tiles[:, 0], tiles[:, 1] = kv_head, index.tiles[:, 1] % group
+    tiles[:, 2] += kv_head * len(index.rows)
+    numbers = torch.arange(heads, dtype=torch.int32, device=index.rows.device)
+    return replace(
+        index,
+        tiles=tiles,
+        rows=(index.rows * heads + numbers[:, None]).flatten(),
+        row_order=index.row_order.repeat_interleave(heads),
+        key_begin=begin[:, None],
+    )
+
+
+def tile_rows_for(pages: Tensor) -> int:
+    """Rows per tile that the kernels want for keys in these pages [pages, page_size, d]."""
+    if backend_for(pages.device) == "naive":
+        return NATIVE_TILE_ROWS
+    # triton is imported only where it runs
+    from mmserve.kernels.prefill_attention.triton import default_tile_rows
+
+    return default_tile_rows(pages.shape[2], pages.dtype.itemsize)

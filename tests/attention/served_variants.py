@@ -7,10 +7,12 @@ each kind and compares what was launched with what is here. Knows nothing about 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 
+from mmserve.kernels.kv_codec.pages import PAGE_TYPES
 from tests.kernels.aot_variants import (
     Variant,
     decode_variant,
@@ -18,6 +20,7 @@ from tests.kernels.aot_variants import (
     prefill_variant,
     rms_norm_variant,
     rope_append_variant,
+    store_variants,
 )
 
 
@@ -57,12 +60,35 @@ def model_variants(name: str, model: Model, chip: int) -> Iterator[Variant]:
     )  # fmt: skip
 
 
+def quantized_variants(name: str, model: Model, pages: torch.dtype) -> Iterator[Variant]:
+    """What answers in pages of this type add, `name` being that of both."""
+    d, dtype, group = model.d, model.dtype, model.heads // model.kv_heads
+    for is_split in (False, True):
+        label = f"decode_split_{name}" if is_split else f"decode_{name}"
+        yield decode_variant(
+            label, pages, d=d, group=group, is_split=is_split, key_axis="channel",
+            zeros=pages is torch.uint8, dtype=dtype,
+        )  # fmt: skip
+    yield merge_variant(f"merge_newest_{name}", d=d, dtype=dtype, is_split=False)
+    yield from store_variants(name, pages, d=d, dtype=dtype)
+
+
 def served_variants(chip: int, dtype: torch.dtype = torch.bfloat16) -> Iterator[Variant]:
     """Each once, however many models share it. Checkpoints are served in their own dtype by default."""
     seen: list[Variant] = []
     suffix = {torch.bfloat16: "", torch.float16: "_fp16", torch.float32: "_fp32"}[dtype]
-    for name, model in MODELS.items():
-        for variant in model_variants(name + suffix, model._replace(dtype=dtype), chip):
-            if all(other != variant._replace(name=other.name) for other in seen):
-                seen.append(variant)
-                yield variant
+    models = {name + suffix: model._replace(dtype=dtype) for name, model in MODELS.items()}
+    of_models = [model_variants(name, model, chip) for name, model in models.items()]
+    if dtype is torch.bfloat16:
+        of_models += [
+            quantized_variants(f"tiny_{kind}", MODELS["tiny"], pages) for kind, pages in codecs(chip)
+        ]
+    for variant in chain.from_iterable(of_models):
+        if all(other != variant._replace(name=other.name) for other in seen):
+            seen.append(variant)
+            yield variant
+
+
+def codecs(chip: int) -> list[tuple[str, torch.dtype]]:
+    """Types of quantized pages that a chip has: fp8 needs more than sm_80."""
+    return [(kind, pages) for kind, pages in PAGE_TYPES.items() if kind != "fp8" or chip >= 90]

@@ -1,0 +1,51 @@
+"""TriangleMix: the lower layers dense, the upper ones Tri-shape. Knows nothing about scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self
+
+from mmserve.attention.base import ChunkView
+from mmserve.attention.patterns.a_shape import ALL
+from mmserve.attention.patterns.tri_shape import TriShape
+from mmserve.kernels.prefill_attention import AttentionIndex
+from mmserve.pruning.base import check_count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TriangleMix:
+    """Layers from `first_layer` on leave out the middle of the map, which matters little there.
+
+    The paper finds the layer per model by a gradient probe; without one half of the layers are dense, as for
+    its Llama-3.1-8B (16 of 32). The rest is as in `tri_shape`, the windows too.
+    """
+
+    name: ClassVar[str] = "triangle_mix"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2507.21526"
+    acts_at: ClassVar[Literal["prefill"]] = "prefill"
+    needs_query: ClassVar[bool] = False
+    needs_whole_item: ClassVar[bool] = False
+    count: ClassVar[Literal["bound"]] = "bound"
+    trained_weights: ClassVar[bool] = False
+
+    first_layer: int | None = None  # the first sparse one; None: the upper half is sparse
+    sink: int = 128
+    local: int = 4096
+    local_frames: int = 0
+    bottom: int = 128
+
+    def __post_init__(self) -> None:
+        if self.first_layer is not None:
+            check_count("first_layer", self.first_layer, 0, 1024)
+        self._triangle()
+
+    @classmethod
+    def everything(cls) -> Self:
+        return cls(first_layer=0, local=ALL)
+
+    def index(self, view: ChunkView) -> AttentionIndex | None:
+        first = view.layers // 2 if self.first_layer is None else self.first_layer
+        return None if view.layer < first else self._triangle().index(view)
+
+    def _triangle(self) -> TriShape:
+        return TriShape(sink=self.sink, local=self.local, local_frames=self.local_frames, bottom=self.bottom)

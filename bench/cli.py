@@ -7,7 +7,22 @@ from typing import Annotated
 
 import typer
 
-from mmserve.options import KV, Attention, Keep, KVBudget, KVDtype, Prune, PruneOptions, methods_of, usage
+from mmserve.options import (
+    KV,
+    Attention,
+    AttentionDenseBelow,
+    AttentionOptions,
+    AttentionProfile,
+    Keep,
+    KVBudget,
+    KVDtype,
+    KVOptions,
+    Prune,
+    PruneOptions,
+    methods_of,
+    read_settings,
+    usage,
+)
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed, beside a peer on the same weights.")
 
@@ -124,8 +139,12 @@ def methods(
     keep: Keep = None,
     prune_options: PruneOptions = None,
     attention: Attention = "dense",
+    attention_options: AttentionOptions = None,
+    attention_dense_below: AttentionDenseBelow = None,
+    attention_profile: AttentionProfile = None,
     kv: KV = "none",
     kv_budget: KVBudget = None,
+    kv_options: KVOptions = None,
     kv_dtype: KVDtype = "auto",
     geometry: Geometry = "ov-mini",
     metrics: Annotated[
@@ -156,8 +175,12 @@ def methods(
                 keep=keep,
                 prune_options=prune_options,
                 attention=attention,
+                attention_options=attention_options,
+                attention_dense_below=attention_dense_below,
+                attention_profile=attention_profile,
                 kv=kv,
                 kv_budget=kv_budget,
+                kv_options=kv_options,
                 kv_dtype=kv_dtype,
             ),
             geometry=geometry,
@@ -166,6 +189,76 @@ def methods(
             frames=frames,
             threads=threads,
             cache_dir=cache_dir,
+        )
+    )
+    bench.command(plan, json_out)
+
+
+@app.command()
+def carriers(
+    geometry: Geometry = "ov-mini",
+    frames: Annotated[
+        str, typer.Option(help="Frames of the short video and of the long one.", metavar="N,N")
+    ] = "32,512",
+    rounds: Annotated[int, typer.Option(help="Paired runs of either video.", min=1, metavar="N")] = 5,
+    threads: Threads = None,
+    seed: Annotated[
+        int, typer.Option(help="Another seed, other weights and videos.", min=0, metavar="N")
+    ] = 0,
+    cache_dir: CacheDir = None,
+    json_out: JsonOut = None,
+) -> None:
+    """Measure what carriers hold: a decode step after a long video beside one after a short one, and KV.
+
+    The same process answers both with --prune carriers, in turn: A B A B. The ratio of a step is that of the
+    short video to the long one; kv_slots_per_frame says how many slots of a layer and head a frame leaves.
+    """
+    from mmserve.bench import carriers as bench
+
+    plan = usage(
+        lambda: bench.Plan(
+            geometry=geometry,
+            frames=bench.read_frames(frames),
+            rounds=rounds,
+            threads=threads,
+            seed=seed,
+            cache_dir=cache_dir,
+        )
+    )
+    bench.command(plan, json_out)
+
+
+@app.command()
+def attention(
+    attention: Attention = "mminference",
+    attention_options: AttentionOptions = None,
+    attention_profile: AttentionProfile = None,
+    geometry: Geometry = "ov-mini",
+    tokens: Annotated[
+        str, typer.Option(help="Visual tokens of the prompts: a comma list.", metavar="N[,N]")
+    ] = "16384,32768",
+    rounds: Annotated[int, typer.Option(help="Paired runs of every length.", min=1, metavar="N")] = 5,
+    threads: Threads = None,
+    seed: Annotated[int, typer.Option(help="Another seed, other prompts.", min=0, metavar="N")] = 0,
+    json_out: JsonOut = None,
+) -> None:
+    """Measure one layer's attention over a long video under a sparse pattern, its index included.
+
+    The peer is dense attention over the same queries and keys, which have a grid in them, in chunks as in
+    serving: A B A B. A ratio above 1 is a win; what the pattern computes and sees is noted beside it.
+    """
+    from mmserve.bench import attention as bench
+
+    plan = usage(
+        lambda: bench.Plan(
+            attention=attention,
+            options=read_settings("--attention-option", attention_options),
+            profile=attention_profile,
+            geometry=geometry,
+            tokens=bench.read_tokens(tokens),
+            rounds=rounds,
+            threads=threads,
+            seed=seed,
         )
     )
     bench.command(plan, json_out)
@@ -211,6 +304,56 @@ def encode(
     plan = usage(
         lambda: bench.Plan(
             parts=names, geometry=geometry, frames=frames, rounds=rounds, seed=seed, cache_dir=cache_dir
+        )
+    )
+    bench.command(plan, json_out)
+
+
+@app.command()
+def kv(
+    kv_dtype: Annotated[
+        str,
+        typer.Option(help="Types of pages: a comma list of bf16, int8, int4, fp8.", metavar="NAME[,NAME]"),
+    ] = "int8,int4",
+    kv_budget: Annotated[
+        str, typer.Option(help="Shares of the visual slots that are kept.", metavar="N[,N]")
+    ] = "1",
+    geometry: Geometry = "ov-mini",
+    metrics: Annotated[
+        str,
+        typer.Option(
+            help="What to measure: a comma list of capacity, handoff, step; or all.", metavar="NAME[,NAME]"
+        ),
+    ] = "all",
+    frames: Annotated[int, typer.Option(help="Frames of a request's video.", min=1, metavar="N")] = 32,
+    context: Annotated[
+        int, typer.Option(help="Slots of each sequence of a step.", min=64, metavar="N")
+    ] = 32_768,
+    batch: Annotated[int, typer.Option(help="Sequences of a step.", min=1, metavar="N")] = 8,
+    rounds: Annotated[int, typer.Option(help="Paired runs of a step.", min=1, metavar="N")] = 5,
+    threads: Threads = None,
+    cache_dir: CacheDir = None,
+    json_out: JsonOut = None,
+) -> None:
+    """Measure what smaller KV is worth on a decode worker: requests in the same memory, hand-off, steps.
+
+    The peer keeps every slot in pages of bf16. KV is synthetic: pages are counted in whole, with scales, what
+    is newest and what is reserved for the answer, but nothing is said of accuracy.
+    """
+    from mmserve.bench import kv as bench
+
+    plan = usage(
+        lambda: bench.Plan(
+            dtypes=_named(kv_dtype) or bench.DTYPES,
+            budgets=bench.read_budgets(kv_budget),
+            geometry=geometry,
+            metrics=_named(metrics),
+            frames=frames,
+            context=context,
+            batch=batch,
+            rounds=rounds,
+            threads=threads,
+            cache_dir=cache_dir,
         )
     )
     bench.command(plan, json_out)

@@ -36,7 +36,7 @@ class OurSide:
         if job.kind == "score":
             return self._score(conversations[0], job)
         if job.kind == "decode":
-            return Outcome(seconds=self._decode(conversations, sampling))
+            return self._decode(conversations, sampling)
         started_at = time.perf_counter()
         if job.kind == "together":
             answers = self._llm.chat(conversations, sampling)
@@ -49,12 +49,19 @@ class OurSide:
         videos = {(ask.video, ask.frames): video(ask.video, ask.frames, self._frame_side) for ask in asks}
         return [messages(ask, videos[ask.video, ask.frames]) for ask in asks]
 
-    def _decode(self, conversations: list[list[Mapping[str, Any]]], sampling: SamplingParams) -> float:
+    def _decode(self, conversations: list[list[Mapping[str, Any]]], sampling: SamplingParams) -> Outcome:
         """The second time, every prompt is in the prefix cache, so that all requests decode together."""
-        self._llm.chat(conversations, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
+        if len(conversations) > 1:
+            self._llm.chat(conversations, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
         answers = self._llm.chat(conversations, sampling)
-        steps = sampling.max_tokens - 1
-        return median(answer.timings_ms.generate for answer in answers) / steps / 1e3
+        step_ms = median(answer.timings_ms.generate for answer in answers) / (sampling.max_tokens - 1)
+        usage = answers[0].usage
+        return Outcome(
+            seconds=step_ms / 1e3,
+            prompt_tokens=usage.prompt_tokens,
+            kv_bytes=usage.kv_bytes,
+            kv_bytes_dense=usage.kv_bytes_dense,
+        )
 
     def _score(self, conversation: list[Mapping[str, Any]], job: Job) -> Outcome:
         (answer,) = self._llm.chat(

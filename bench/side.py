@@ -55,11 +55,15 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """`seconds` of the job, or of one step; `prune_ms` of all its requests.
 
+    What KV its first request had after prefill, and would have had without any method, is of a "decode" job.
     The rest is of a "score" job, of its first request.
     """
 
     seconds: float = 0.0
     prune_ms: float = 0.0
+    prompt_tokens: int = 0
+    kv_bytes: int = 0
+    kv_bytes_dense: int = 0
     token_ids: tuple[int, ...] = ()
     candidates: dict[int, float] = {}  # log-probabilities of the likeliest first tokens
     prompt_logprobs: tuple[float, ...] = ()  # of every prompt token but the first

@@ -18,7 +18,7 @@ import gradio as gr
 from demo import view
 from demo.client import MAX_FILE_BYTES, AskError, Client, Delta, Options
 from demo.library import ALWAYS, load_clips
-from mmserve.methods import NAMES
+from mmserve.methods import NAMES, WITH_WEIGHTS, Kind
 
 CLIPS = Path(__file__).parent / "clips"
 KEY_VARIABLE = "MMSERVE_API_KEY"  # a key on the command line would be seen by every user of the host
@@ -78,11 +78,11 @@ class Page:
         with gr.Accordion("Make it smaller", open=False, elem_id="options"):
             with gr.Row():
                 self._prune = gr.Dropdown(
-                    list(NAMES["prune"]), value="none", label="Prune tokens", elem_id="prune"
+                    _offered("prune"), value="none", label="Prune tokens", elem_id="prune"
                 )
                 self._keep = gr.Slider(0.05, 1.0, value=0.25, step=0.05, label="Share kept", elem_id="keep")
             with gr.Row():
-                self._kv = gr.Dropdown(list(NAMES["kv"]), value="none", label="Compress KV", elem_id="kv")
+                self._kv = gr.Dropdown(_offered("kv"), value="none", label="Compress KV", elem_id="kv")
                 self._budget = gr.Slider(0.05, 1.0, value=0.5, step=0.05, label="KV budget", elem_id="budget")
             with gr.Row():
                 self._frames = gr.Slider(1, 64, value=16, step=1, label="Frames", elem_id="frames")
@@ -237,6 +237,11 @@ def launch(page: gr.Blocks, port: int | None = None, *, wait: bool = True) -> st
         ssr_mode=False,
     )
     return str(url)
+
+
+def _offered(kind: Kind) -> list[str]:
+    """Methods that need no file of the deployment's."""
+    return [name for name in NAMES[kind] if name not in WITH_WEIGHTS]
 
 
 def _theme() -> gr.themes.Base:

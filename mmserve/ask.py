@@ -9,6 +9,7 @@ import json
 import queue
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -39,6 +40,7 @@ class Submits(Protocol):
         *,
         deliver: Deliver,
         report_tokens: bool = False,
+        report_attention: bool = False,
     ) -> Cancels: ...
 
 
@@ -60,6 +62,7 @@ def ask(
     max_tokens: int,
     as_json: bool,
     report_tokens: bool = False,
+    report_attention: bool = False,
 ) -> RequestOutput:
     """Print the answer as it comes and a line about it, or the whole document; raises the request's error."""
     news: queue.SimpleQueue[Chunk | RequestOutput | MMServeError] = queue.SimpleQueue()
@@ -68,6 +71,7 @@ def ask(
         SamplingParams(max_tokens=max_tokens),
         deliver=news.put,
         report_tokens=report_tokens,
+        report_attention=report_attention,
     )
     try:
         while isinstance(latest := news.get(), Chunk):
@@ -93,6 +97,7 @@ def document(done: RequestOutput) -> Json:
         "answer": answer.text,
         "finish_reason": str(answer.finish_reason),
         "usage": msgspec.to_builtins(done.usage),
+        "attention_density": list(done.usage.attention_density),
         "media": [msgspec.to_builtins(media) for media in done.media],
         "timings_ms": msgspec.to_builtins(done.timings_ms),
         "methods": msgspec.to_builtins(done.methods),
@@ -105,8 +110,12 @@ def summary(done: RequestOutput) -> str:
     frames = sum(media.frames for media in done.media)
     lost = sum(media.lost_frames for media in done.media)
     parts = [f"{frames} frame{'' if frames == 1 else 's'}" + (f" ({lost} lost)" if lost else "")]
-    parts.append(f"{usage.visual_tokens} → {usage.visual_tokens_kept} visual tokens")
-    parts.append(f"KV {usage.kv_bytes_uncompressed / 2**20:.1f} → {usage.kv_bytes / 2**20:.1f} MiB")
+    per_layer = usage.visual_tokens_layer_mean  # fewer than enter, where a method acts inside the model
+    inner = f" ({per_layer:.0f} per layer)" if 0 < per_layer < usage.visual_tokens_kept else ""
+    parts.append(f"{usage.visual_tokens} → {usage.visual_tokens_kept} visual tokens{inner}")
+    if done.methods.attention != "dense":
+        parts.append(f"attention {100 * fmean(usage.attention_density or (1.0,)):.0f} %")
+    parts.append(f"KV {usage.kv_bytes_dense / 2**20:.1f} → {usage.kv_bytes / 2**20:.1f} MiB")
     stages = ("decode", "encode", "prefill", "ttft", "generate", "total")
     parts.append(", ".join(f"{stage} {getattr(timings, stage):.0f} ms" for stage in stages))
     return " | ".join(parts)

@@ -11,26 +11,33 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mmserve import __version__
+from mmserve import options as shared
 from mmserve.bench.cli import app as bench
-from mmserve.errors import MMServeError
+from mmserve.errors import BadRequest, ConfigError, MMServeError
+from mmserve.evaluation.command import evaluate
+from mmserve.evaluation.profiling import profile_attention
 from mmserve.log import setup_logging
 from mmserve.options import (
     KV,
-    METHODS,
     ApiKey,
     AsJson,
     Attention,
+    AttentionDenseBelow,
+    AttentionOptions,
+    AttentionProfile,
     Fps,
     Keep,
     KeepImage,
     KVBudget,
     KVDtype,
+    KVOptions,
     MaxTokens,
     MediaIo,
     Model,
@@ -38,17 +45,15 @@ from mmserve.options import (
     Prune,
     PruneOptions,
     PruneTextImages,
-    check_options,
     methods_of,
-    read_options,
     usage,
 )
 from mmserve.server.command import read_epd, serve
 
 if TYPE_CHECKING:
     from mmserve.batch.answerers import Answerer
-    from mmserve.llm import LLM
-    from mmserve.request import MediaOptions, Methods
+
+WRONG_USAGE = 2  # exit code
 
 app = typer.Typer(
     name="mmserve",
@@ -84,8 +89,12 @@ def ask(
     prune_options: PruneOptions = None,
     prune_text_images: PruneTextImages = False,
     attention: Attention = "dense",
+    attention_options: AttentionOptions = None,
+    attention_dense_below: AttentionDenseBelow = None,
+    attention_profile: AttentionProfile = None,
     kv: KV = "none",
     kv_budget: KVBudget = None,
+    kv_options: KVOptions = None,
     kv_dtype: KVDtype = "auto",
     num_frames: NumFrames = None,
     fps: Fps = None,
@@ -94,6 +103,10 @@ def ask(
     show_tokens: Annotated[
         Path | None,
         typer.Option(help="Draw what --prune kept, merged and dropped on the frames.", metavar="OUT.png"),
+    ] = None,
+    show_attention: Annotated[
+        Path | None,
+        typer.Option(help="Draw what one head attends to, and what --attention computes.", metavar="OUT.png"),
     ] = None,
     epd: Annotated[
         str | None,
@@ -113,27 +126,34 @@ def ask(
         prune_options=prune_options,
         prune_text_images=prune_text_images,
         attention=attention,
+        attention_options=attention_options,
+        attention_dense_below=attention_dense_below,
+        attention_profile=attention_profile,
         kv=kv,
         kv_budget=kv_budget,
+        kv_options=kv_options,
         kv_dtype=kv_dtype,
     )
-    options = _options(num_frames, fps, media_io_kwargs)
+    options = shared.media_options_of(num_frames, fps, media_io_kwargs)
     workers = read_epd(epd)
     conversation = asking.messages(inputs[:-1], inputs[-1])
-    if show_tokens is not None:
+    for target in filter(None, (show_tokens, show_attention)):
         from mmserve import show
 
-        usage(lambda: show.check_target(show_tokens))
-    with _llm(model, methods, options, workers) as llm:
+        usage(partial(show.check_target, target))
+    with shared.open_llm(model, methods, options, workers) as llm:
         done = asking.ask(
             llm,
             conversation,
             max_tokens=max_tokens,
             as_json=as_json,
             report_tokens=show_tokens is not None,
+            report_attention=show_attention is not None,
         )
     if show_tokens is not None:
         show.show_tokens(conversation, options, done.media, show_tokens)
+    if show_attention is not None:
+        show.show_attention(done, show_attention)
 
 
 @app.command()
@@ -151,8 +171,12 @@ def batch(
     prune_options: PruneOptions = None,
     prune_text_images: PruneTextImages = False,
     attention: Attention = "dense",
+    attention_options: AttentionOptions = None,
+    attention_dense_below: AttentionDenseBelow = None,
+    attention_profile: AttentionProfile = None,
     kv: KV = "none",
     kv_budget: KVBudget = None,
+    kv_options: KVOptions = None,
     kv_dtype: KVDtype = "auto",
     num_frames: NumFrames = None,
     fps: Fps = None,
@@ -187,11 +211,15 @@ def batch(
         prune_options=prune_options,
         prune_text_images=prune_text_images,
         attention=attention,
+        attention_options=attention_options,
+        attention_dense_below=attention_dense_below,
+        attention_profile=attention_profile,
         kv=kv,
         kv_budget=kv_budget,
+        kv_options=kv_options,
         kv_dtype=kv_dtype,
     )
-    options = _options(num_frames, fps, media_io_kwargs)
+    options = shared.media_options_of(num_frames, fps, media_io_kwargs)
     workers = read_epd(epd)
     job = command.Job(
         questions=questions,
@@ -218,86 +246,15 @@ def batch(
             with closing(remote):
                 yield remote
         else:
-            with _llm(model, methods, options, workers) as llm:
+            with shared.open_llm(model, methods, options, workers) as llm:
                 yield LocalAnswerer(llm, methods, options)
 
     raise typer.Exit(command.dry_run(job) if dry_run else command.answer(job, answerer))
 
 
-@app.command("eval")
-def evaluate(
-    suite: Annotated[str, typer.Option(help="Which questions: a comma list, or all.", metavar="NAME[,NAME]")],
-    model: Model = "tiny",
-    prune: Prune = "none",
-    keep: Annotated[
-        str | None,
-        typer.Option(
-            help="What --prune keeps; by default 0.25, inside the model what each paper keeps.",
-            metavar="N_OR_RATIO",
-            rich_help_panel=METHODS,
-        ),
-    ] = None,
-    keep_image: KeepImage = None,
-    prune_options: PruneOptions = None,
-    prune_text_images: PruneTextImages = False,
-    attention: Attention = "dense",
-    kv: KV = "none",
-    kv_budget: Annotated[
-        str | None,
-        typer.Option(help="Budgets of --kv; by default 0.25.", metavar="N_OR_RATIO", rich_help_panel=METHODS),
-    ] = None,
-    kv_dtype: KVDtype = "auto",
-    num_frames: NumFrames = None,
-    fps: Fps = None,
-    limit: Annotated[int, typer.Option(help="Questions of each suite.", min=1, metavar="N")] = 100,
-    suite_seed: Annotated[int, typer.Option(help="Another seed, other clips.", min=0, metavar="N")] = 0,
-    outputs: Annotated[
-        Path | None,
-        typer.Option(help="A JSON line per question and setting; continued if it exists.", metavar="F"),
-    ] = None,
-    json_out: Annotated[
-        Path | None, typer.Option("--json", help="Write the report as JSON; - prints it.", metavar="OUT")
-    ] = None,
-) -> None:
-    """Measure accuracy beside speed and memory, as a Markdown table.
-
-    Method options take comma lists or "all". Every combination is compared with the dense run.
-    """
-    from mmserve.evaluation import run
-
-    every_frame = num_frames is None and fps is None
-    plan = run.Plan(
-        suites=usage(lambda: run.suite_names(suite)),
-        sweep=usage(
-            lambda: run.sweep(
-                prune=prune,
-                keep=keep,
-                keep_image=keep_image,
-                prune_options=read_options(prune_options),
-                prune_text_images=prune_text_images,
-                attention=attention,
-                kv=kv,
-                kv_budget=kv_budget,
-                kv_dtype=kv_dtype,
-            )
-        ),
-        limit=limit,
-        seed=suite_seed,
-        options=_options(run.ALL_FRAMES if every_frame else num_frames, fps),
-    )
-    for methods in plan.sweep:
-        check_options(methods)
-    code = run.command(
-        plan,
-        model,
-        lambda methods: _llm(model, methods, plan.options, None),
-        outputs=outputs,
-        json_out=json_out,
-    )
-    raise typer.Exit(code)
-
-
+app.command("eval")(evaluate)
 app.command()(serve)
+app.command("profile-attention")(profile_attention)
 
 
 @app.command()
@@ -331,7 +288,10 @@ def check_config(
     from mmserve.methods import deployed_methods
 
     resolved = load_config(config)
-    check_methods(deployed_methods(resolved))
+    try:
+        check_methods(deployed_methods(resolved))
+    except BadRequest as error:
+        raise ConfigError(error.public_message) from error
     mapping = to_mapping(resolved, hide_keys=True)
     typer.echo(yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True).rstrip())
 
@@ -343,6 +303,8 @@ def main() -> int:
         app(prog_name="mmserve")
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    except ConfigError as error:
+        return _failed(error.public_message, WRONG_USAGE)
     except MMServeError as error:
         return _failed(error.public_message)
     except KeyboardInterrupt:
@@ -352,33 +314,7 @@ def main() -> int:
     return 0
 
 
-def _failed(message: str) -> int:
+def _failed(message: str, code: int = 1) -> int:
     logging.getLogger(__name__).debug("failed", exc_info=True)
     typer.echo(f"error: {' '.join(message.split())}", err=True)
-    return 1
-
-
-def _options(num_frames: int | None, fps: float | None, media_io: str | None = None) -> MediaOptions:
-    from mmserve.media.options import media_options
-
-    if num_frames is not None and fps is not None:
-        raise typer.BadParameter("Expected either --num-frames or --fps, but got both")
-    if fps is not None and not 0 < fps <= 1000:
-        raise typer.BadParameter(f"Expected --fps above 0 and at most 1000, but got {fps:g}")
-    try:
-        given = json.loads(media_io or "{}")
-    except (ValueError, RecursionError) as error:
-        raise typer.BadParameter("Expected --media-io-kwargs as JSON, but it does not parse") from error
-    sampled = usage(lambda: media_options(given))
-    # the options of the same name win
-    return media_options({"video": {"num_frames": num_frames, "fps": fps}}, sampled)
-
-
-def _llm(model: str, methods: Methods, options: MediaOptions, epd: tuple[int, int, int] | None) -> LLM:
-    import msgspec
-
-    from mmserve.llm import LLM
-    from mmserve.media.options import media_io_kwargs
-
-    settings: dict[str, Any] = msgspec.to_builtins(methods)
-    return LLM(model, epd=epd, media_io_kwargs=media_io_kwargs(options), **settings)
+    return code

@@ -61,8 +61,12 @@ class MethodDefaults:
     prune_options: dict[str, Any] = field(default_factory=dict)  # settings of the method; `mmserve methods`
     prune_text_images: bool = False  # also pictures of text, which are left alone otherwise
     attention: str = "dense"
+    attention_options: dict[str, Any] = field(default_factory=dict)  # settings of the pattern
+    attention_dense_below: int | None = None  # slots of a prompt so far; None: the measured default
+    attention_profile: str | None = None  # a file of `mmserve profile-attention`
     kv: str = "none"
     kv_budget: float | None = None  # at most 1: share of visual slots; above 1: slots per head
+    kv_options: dict[str, Any] = field(default_factory=dict)  # settings of the method; `mmserve methods`
     kv_dtype: KVDtype = "auto"
 
     def __post_init__(self) -> None:

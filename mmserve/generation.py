@@ -112,6 +112,7 @@ class Generation:
             timings_ms=_together([record.timings() for record in records]),
             media=media_reports(record, (self._chat.image_token, self._chat.video_token)),
             methods=prompt.methods,
+            attention=record.prefilled.attention if record.prefilled else None,
             prompt_logprobs=_spelled_prompt(record.prompt_logprobs, self._chat),
         )
 

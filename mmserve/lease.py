@@ -57,3 +57,4 @@ class EncodedPart(_Data, frozen=True):
     tokens: int
     kept: int
     guarded: bool = False  # none of it is to be dropped inside the model either
+    frame_tokens: int = 0  # of each frame of a video

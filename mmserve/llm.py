@@ -15,15 +15,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Self, Unpack, cast
 
 import msgspec
 
-from mmserve.config import CacheSizes, Dtype, MethodDefaults, ServeConfig
+from mmserve.config import CacheSizes, Dtype, KVDtype, MethodDefaults, ServeConfig
 from mmserve.errors import BadRequest
 from mmserve.generation import Deliver, Generation
 from mmserve.media.options import media_options
-from mmserve.methods import MethodOptions, choose_methods
+from mmserve.methods import MethodOptions, check_kv_dtype, choose_methods
 from mmserve.models.chat import ChatFormat
 from mmserve.models.resolve import resolve
 from mmserve.offline.prompts import (
@@ -71,7 +71,8 @@ class _Offline:
         of this process. `kv_memory` is bytes of KV pages per language worker. `num_frames` or `fps`
         samples videos; `media_io_kwargs`, here or with a call, says more: {"video": {"num_frames", "fps",
         "start", "end", "max_pixels", "keyframes"}}. `methods` are the command line's: prune, keep,
-        keep_image, prune_options, prune_text_images, attention, kv, kv_budget, kv_dtype.
+        keep_image, prune_options, prune_text_images, attention, attention_options,
+        attention_dense_below, attention_profile, kv, kv_budget, kv_options, kv_dtype.
         """
         self.methods = choose_methods(MethodDefaults(), **methods)
         given = {"video": {"num_frames": num_frames, "fps": fps}}
@@ -83,6 +84,7 @@ class _Offline:
             dtype=dtype,
             threads=threads,
             max_num_batched_tokens=max_num_batched_tokens,
+            methods=MethodDefaults(kv_dtype=cast(KVDtype, self.methods.kv_dtype)),
             cache=CacheSizes(kv_memory_bytes=kv_memory, gpu_memory_utilization=gpu_memory_utilization),
         )
         self._runtime = Runtime(config, in_process=epd is None)
@@ -103,14 +105,17 @@ class _Offline:
         options: MediaOptions | None = None,
         priority: int = 0,
         report_tokens: bool = False,
+        report_attention: bool = False,
     ) -> Generation:
         """Start one conversation; `deliver` gets chunks, then one output or error, on another thread.
 
-        With `report_tokens` the output says of every item which of its tokens survive.
+        With `report_tokens` the output says of every item which of its tokens survive, with
+        `report_attention` what sparse attention loses, which costs a dense pass.
         """
         read = partial(read_messages, messages, options=options or self.options)
         request = self._request(read, sampling_params, methods, priority)
-        return self._runtime.submit(replace(request, report_tokens=report_tokens), deliver)
+        request = replace(request, report_tokens=report_tokens, report_attention=report_attention)
+        return self._runtime.submit(request, deliver)
 
     def worker_pids(self) -> dict[str, int]:
         """Process ids of the workers by name, for monitoring."""
@@ -168,7 +173,9 @@ class _Offline:
     ) -> Request:
         if sampling.seed is None and self._seed is not None:
             sampling = msgspec.structs.replace(sampling, seed=self._seed)
-        return Request(read=read, sampling=sampling, methods=methods or self.methods, priority=priority)
+        methods = methods or self.methods
+        check_kv_dtype(methods, self.methods.kv_dtype)
+        return Request(read=read, sampling=sampling, methods=methods, priority=priority)
 
     @contextmanager
     def _submitted(

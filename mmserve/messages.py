@@ -13,7 +13,7 @@ import msgspec
 from mmserve.lease import EncodedFrames as EncodedFrames
 from mmserve.lease import EncodedPart as EncodedPart
 from mmserve.lease import Lease as Lease
-from mmserve.request import FinishReason, MediaRef, MediaReport, Methods
+from mmserve.request import AttentionReport, FinishReason, MediaRef, MediaReport, Methods
 from mmserve.sampling import Logprob, SamplingParams
 
 # slots per head for answer tokens that a request is given room for at first: a longer answer takes more
@@ -127,6 +127,7 @@ class PrefillPrompt(Command, frozen=True, tag="prefill_prompt"):
     salt: str = ""
     priority: int = 0
     report_tokens: bool = False
+    report_attention: bool = False
 
 
 class ExtendPrompt(Command, frozen=True, tag="extend_prompt"):
@@ -156,6 +157,7 @@ class DecodeFrom(Command, frozen=True, tag="decode_from"):
     slots: int = 0  # KV slots per head in the lease, in the longest head
     prompt_ids: tuple[int, ...] = ()
     priority: int = 0
+    methods: Methods = Methods()
 
 
 class CancelRequest(Command, frozen=True, tag="cancel_request"):
@@ -258,8 +260,8 @@ class PromptPrefilled(Event, frozen=True, tag="prompt_prefilled"):
     """The prompt's KV exists; `first` is absent when the attempt was given forced tokens.
 
     `prompt_logprobs` has one entry per token of the uncompressed prompt, None where there is none.
-    `visual_layer_mean` is how many visual rows a layer had, mean over layers; `visual_lasting`, where a
-    method drops KV during prefill, how many of them were there at its end.
+    `visual_by_layer` is how many visual rows each layer had; `visual_lasting`, where a method drops KV during
+    prefill, how many of them were there at its end. `kv_bytes_dense` would be those of every token.
     """
 
     request_id: str
@@ -274,11 +276,14 @@ class PromptPrefilled(Event, frozen=True, tag="prompt_prefilled"):
     queue_ms: float
     transfer_ms: float
     prefill_ms: float
+    kv_bytes_dense: int = 0
     cached_slots: int = 0  # of these, rows whose KV was already there
     prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
-    visual_layer_mean: float = 0.0
+    visual_by_layer: tuple[int, ...] = ()
     visual_lasting: int | None = None
     survivors: bytes | None = None  # where asked for: orders of the visual rows that last, int32
+    attention_density: tuple[float, ...] = ()  # of every layer
+    attention: AttentionReport | None = None  # where asked for
 
 
 class TokensDecoded(Event, frozen=True, tag="tokens_decoded"):

@@ -19,7 +19,20 @@ Kind = Literal["prune", "attention", "kv", "kv_dtype"]
 
 # act inside the language model: alone, or after an encoder-side method as in "holitom+fastv"
 # with what they keep where nothing is said
-INNER = {"fastv": 0.5, "holitom_m": 0.5, "cdpruner": 0.25, "sparsevlm": 0.33}
+INNER = {
+    "fastv": 0.5,
+    "holitom_m": 0.5,
+    "cdpruner": 0.25,
+    "sparsevlm": 0.33,
+    "prunevid_m": 0.4,
+    "framefusion_m": 0.3,
+    "flashvid_m": 0.3,
+    "dynamic_llava": 0.2,
+}
+
+# what needs a file of trained weights, and the setting that names it: clients cannot choose one
+WITH_WEIGHTS = ("dynamic_llava", "kvzap", "duo", "locret")
+WEIGHTS_SETTING = "weights"
 
 # keep one token of every frame: there is nothing to choose, and no other method to add
 CARRIERS = ("carriers",)
@@ -47,11 +60,65 @@ NAMES: dict[Kind, tuple[str, ...]] = {
         "timechat",
         *INNER,
     ),
-    "attention": ("dense",),
-    "kv": ("none", "random", "snapkv"),
-    "kv_dtype": ("auto",),
+    "attention": (
+        "dense",
+        "mminference",
+        "vertical_slash",
+        "block_sparse",
+        "a_shape",
+        "tri_shape",
+        "triangle_mix",
+        "flexprefill",
+        "xattention",
+        "anchor",
+        "vecattention",
+        "critiprefill",
+        "sparge",
+        "power",
+        "hip",
+        "skip_softmax",
+        "zipvl",
+        "loopserve",
+        "quest",
+        "flux",
+        "infllm_v2",
+    ),
+    "kv": (
+        "none",
+        "random",
+        "snapkv",
+        "h2o",
+        "expected",
+        "adakv",
+        "kvzip",
+        "vl_cache",
+        "pyramidkv",
+        "dynamickv",
+        "sagekv",
+        "fastkv",
+        "kvzap",
+        "duo",
+        "streaming",
+        "knorm",
+        "dapq",
+        "laq",
+        "elastic",
+        "look_m",
+        "meda",
+        "zipvl",
+        "locret",
+    ),
+    "kv_dtype": ("auto", "bf16", "fp8", "int8", "int4"),
 }
 
+# sparse patterns that read an offline profile of the model's heads, where the deployment names one
+WITH_PROFILE = ("mminference", "flux")
+
+# methods that choose among the pages of answers, and what those have to hold
+READS_FLOATS = ("quest",)
+FLOAT_KV = ("auto", "bf16")
+
+MAX_SLOTS = 2**31 - 1
 MAX_OPTIONS = 16  # settings of methods in one request
 
 
@@ -61,6 +128,8 @@ class OtherOptions(TypedDict, total=False):
     prune: str | None
     prune_text_images: bool | None
     attention: str | None
+    attention_dense_below: int | None
+    attention_profile: str | None
     kv: str | None
     kv_budget: float | None
     kv_dtype: str | None
@@ -72,6 +141,8 @@ class MethodOptions(OtherOptions, total=False):
     keep: Budget | None
     keep_image: Budget | None
     prune_options: Mapping[str, Option] | None
+    attention_options: Mapping[str, Option] | None
+    kv_options: Mapping[str, Option] | None
 
 
 class Part(NamedTuple):
@@ -91,8 +162,12 @@ def choose_methods(
     prune_options: Mapping[str, Option] | None = None,
     prune_text_images: bool | None = None,
     attention: str | None = None,
+    attention_options: Mapping[str, Option] | None = None,
+    attention_dense_below: int | None = None,
+    attention_profile: str | None = None,
     kv: str | None = None,
     kv_budget: float | None = None,
+    kv_options: Mapping[str, Option] | None = None,
     kv_dtype: str | None = None,
 ) -> Methods:
     """What a request asks for over what the deployment does by default; raises BadRequest.
@@ -107,16 +182,33 @@ def choose_methods(
         prune=name,
         keep=_keep(name, "keep", keep, defaults.keep, is_default=is_default) or _own_keep(name),
         keep_image=_keep(name, "keep_image", keep_image, defaults.keep_image, is_default=is_default),
-        prune_options=_checked_options(name, options),
+        prune_options=_checked_options("prune", name, options),
         prune_text_images=reduces_text and name != "none",
-        attention=_known("attention", defaults.attention if attention is None else attention),
+        **_attention(
+            defaults, attention, attention_options, attention_dense_below, attention_profile, prune=name
+        ),
         kv=_known("kv", defaults.kv if kv is None else kv),
         kv_budget=defaults.kv_budget if kv_budget is None else kv_budget,
+        kv_options=_kv_options(defaults, kv or defaults.kv, kv_options),
         kv_dtype=_known("kv_dtype", defaults.kv_dtype if kv_dtype is None else kv_dtype),
     )
     if methods.kv_budget is not None and not 0 < methods.kv_budget < 2**31:
         raise BadRequest(f"Expected kv_budget of more than 0, but got {methods.kv_budget:g}")
+    if methods.attention in READS_FLOATS and methods.kv_dtype not in FLOAT_KV:
+        raise BadRequest(
+            f"Expected kv_dtype {' or '.join(FLOAT_KV)} with attention {methods.attention}, "
+            f"but got {methods.kv_dtype}"
+        )
     return methods
+
+
+def check_kv_dtype(methods: Methods, deployed: str) -> None:
+    """Raise BadRequest where a deployment keeps KV in another type than a request asks for."""
+    if methods.kv_dtype != deployed:
+        raise BadRequest(
+            f"Expected kv_dtype {deployed}, since that is how this deployment keeps KV, "
+            f"but got {methods.kv_dtype}"
+        )
 
 
 def deployed_methods(config: ServeConfig) -> Methods:
@@ -231,17 +323,71 @@ def _own_keep(prune: str) -> float:
     return 1.0 if takes_no_keep(prune) else INNER.get(prune, DEFAULT_KEEP)
 
 
-def _checked_options(prune: str, given: Mapping[str, Option]) -> dict[str, Option]:
-    if given and prune == "none":
+class _Attention(TypedDict):
+    """The fields of `Methods` that are about attention."""
+
+    attention: str
+    attention_options: dict[str, Option]
+    attention_dense_below: int | None
+    attention_profile: str | None
+
+
+def _attention(
+    defaults: MethodDefaults,
+    name: str | None,
+    options: Mapping[str, Option] | None,
+    dense_below: int | None,
+    profile: str | None,
+    *,
+    prune: str,
+) -> _Attention:
+    name = _known("attention", defaults.attention if name is None else name)
+    own = defaults.attention_options if name == defaults.attention else {}
+    is_dense = name == "dense"
+    if not is_dense and prune in CARRIERS:
         raise BadRequest(
-            "Expected prune_options only with prune, which names the method whose settings they are"
+            f"Expected attention dense with prune {prune}, which says itself what every token sees, "
+            f"but got {name}"
         )
+    below = defaults.attention_dense_below if dense_below is None else dense_below
+    is_misplaced = is_dense and dense_below is not None
+    if is_misplaced or (below is not None and not 0 <= below <= MAX_SLOTS):
+        raise BadRequest(
+            f"Expected attention_dense_below of 0 to {MAX_SLOTS} with a sparse attention, but got "
+            f"{below} with {name}"
+        )
+    if profile is not None and name not in WITH_PROFILE:
+        raise BadRequest(
+            f"Expected attention_profile only with attention {' or '.join(WITH_PROFILE)}, but got {name}"
+        )
+    # a profile is of one pattern's making: where the deployment has one of those, it is that one's
+    is_others = defaults.attention in WITH_PROFILE and defaults.attention != name
+    deployed = None if is_others or name not in WITH_PROFILE else defaults.attention_profile
+    return _Attention(
+        attention=name,
+        attention_options=_checked_options("attention", name, {**own, **(options or {})}),
+        attention_dense_below=None if is_dense else below,
+        attention_profile=profile or deployed,
+    )
+
+
+def _kv_options(defaults: MethodDefaults, kv: str, given: Mapping[str, Option] | None) -> dict[str, Option]:
+    own = defaults.kv_options if kv == defaults.kv else {}
+    return _checked_options("kv", kv, {**own, **(given or {})})
+
+
+def _checked_options(
+    kind: Literal["prune", "attention", "kv"], method: str, given: Mapping[str, Option]
+) -> dict[str, Option]:
+    field = f"{kind}_options"
+    if given and method in ("none", "dense"):
+        raise BadRequest(f"Expected {field} only with {kind}, which names the method whose settings they are")
     if len(given) > MAX_OPTIONS:
-        raise BadRequest(f"Expected at most {MAX_OPTIONS} prune_options, but got {len(given)}")
+        raise BadRequest(f"Expected at most {MAX_OPTIONS} {field}, but got {len(given)}")
     for name, value in given.items():
         if not isinstance(value, Option) or (isinstance(value, float) and not math.isfinite(value)):
             raise BadRequest(
-                f"Expected prune_options.{name[:40]} to be a number, true, false, text or null, "
+                f"Expected {field}.{name[:40]} to be a number, true, false, text or null, "
                 f"but got {value!r:.40}"
             )
     return dict(given)

@@ -6,7 +6,7 @@ count itself it asks from the function it was given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -51,10 +51,21 @@ class Metrics:
             ["state"],
             registry=self._registry,
         )
+        self._sparsity = Gauge(
+            "mmserve_prefill_sparsity_ratio",
+            "Share of dense prefill attention that finished requests left out, mean over layers and tokens",
+            registry=self._registry,
+        )
+        self._left_out, self._prefilled = 0.0, 0
         self._kv_bytes = Counter(
             "mmserve_kv_bytes",
             "Bytes of prefilled KV of finished requests, before and after compression",
             ["state"],
+            registry=self._registry,
+        )
+        self._kv_bytes_saved = Counter(
+            "mmserve_kv_bytes_saved",
+            "Bytes of KV that eviction and the type of its pages have saved finished requests",
             registry=self._registry,
         )
         self._stages = Histogram(
@@ -83,6 +94,13 @@ class Metrics:
         """What the last request keeps whose share follows the load."""
         self._keep.set(keep)
 
+    def note_density(self, layers: Sequence[float], tokens: int) -> None:
+        """The share of dense attention that was computed for so many tokens of a prompt, of every layer."""
+        if layers and tokens > 0:
+            self._left_out += tokens * (1.0 - sum(layers) / len(layers))
+            self._prefilled += tokens
+            self._sparsity.set(self._left_out / self._prefilled)
+
     def count_slow_reader(self) -> None:
         self._slow_readers.inc()
 
@@ -96,6 +114,7 @@ class Metrics:
         self._visual.labels("cached").inc(usage["visual_tokens_cached"])
         self._kv_bytes.labels("uncompressed").inc(usage["kv_bytes_uncompressed"])
         self._kv_bytes.labels("compressed").inc(usage["kv_bytes"])
+        self._kv_bytes_saved.inc(max(usage["kv_bytes_uncompressed"] - usage["kv_bytes"], 0))
         for stage, milliseconds in timings_ms.items():
             self._stages.labels(stage).observe(milliseconds / 1e3)
 

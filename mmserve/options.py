@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Unpack
 
 import typer
@@ -11,8 +11,9 @@ import typer
 from mmserve.errors import BadRequest
 
 if TYPE_CHECKING:
+    from mmserve.llm import LLM
     from mmserve.methods import OtherOptions
-    from mmserve.request import Methods
+    from mmserve.request import MediaOptions, Methods, Option
 
 T = TypeVar("T")
 
@@ -57,6 +58,33 @@ PruneTextImages = Annotated[
 Attention = Annotated[
     str, typer.Option(help="How the prompt attends to itself.", metavar="NAME", rich_help_panel=METHODS)
 ]
+AttentionOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--attention-option",
+        help="A setting of --attention, by the names that `mmserve methods` lists, such as sink=64; "
+        "may repeat.",
+        metavar="NAME=VALUE",
+        rich_help_panel=METHODS,
+    ),
+]
+AttentionDenseBelow = Annotated[
+    int | None,
+    typer.Option(
+        help="Prompts attend densely until they have so many tokens; by default until it costs time.",
+        min=0,
+        metavar="TOKENS",
+        rich_help_panel=METHODS,
+    ),
+]
+AttentionProfile = Annotated[
+    str | None,
+    typer.Option(
+        help="What `mmserve profile-attention` has written, for --attention mminference.",
+        metavar="F.json",
+        rich_help_panel=METHODS,
+    ),
+]
 KV = Annotated[
     str, typer.Option("--kv", help="Drops slots of the KV cache.", metavar="NAME", rich_help_panel=METHODS)
 ]
@@ -65,6 +93,15 @@ KVBudget = Annotated[
     typer.Option(
         help="What --kv keeps: up to 1 a share of the visual slots, above 1 slots per head; 0.25 by default.",
         metavar="N_OR_RATIO",
+        rich_help_panel=METHODS,
+    ),
+]
+KVOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--kv-option",
+        help="Another setting of --kv, as `mmserve methods` lists them, such as window=32; may repeat.",
+        metavar="NAME=VALUE",
         rich_help_panel=METHODS,
     ),
 ]
@@ -110,6 +147,8 @@ def methods_of(
     keep: str | None = None,
     keep_image: str | None = None,
     prune_options: str | None = None,
+    attention_options: Sequence[str] | None = None,
+    kv_options: Sequence[str] | None = None,
     **given: Unpack[OtherOptions],
 ) -> Methods:
     """The methods that options name; a wrong name or number is wrong usage."""
@@ -123,6 +162,8 @@ def methods_of(
             keep=None if keep is None else read_keep(keep),
             keep_image=None if keep_image is None else read_keep(keep_image, "keep_image"),
             prune_options=read_options(prune_options),
+            attention_options=read_settings("--attention-option", attention_options),
+            kv_options=read_settings("--kv-option", kv_options),
             **given,
         )
     )
@@ -132,7 +173,7 @@ def methods_of(
 
 def check_options(methods: Methods) -> None:
     """Settings that a method does not have are wrong usage; only where there are any is it loaded."""
-    if methods.prune_options:
+    if methods.has_settings:
         from mmserve.catalogue import check_methods
 
         usage(lambda: check_methods(methods))
@@ -147,3 +188,43 @@ def read_options(text: str | None) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise BadRequest('Expected --prune-options as an object such as {"tau": 0.7}, but got something else')
     return given
+
+
+def read_settings(option: str, given: Sequence[str] | None) -> dict[str, Option]:
+    """The values of a repeated NAME=VALUE option: JSON where they are, else text; raises BadRequest."""
+    settings: dict[str, Option] = {}
+    for pair in given or ():
+        name, equals, text = pair.partition("=")
+        if not name or not equals:
+            raise BadRequest(f"Expected {option} as NAME=VALUE, but got {pair[:40]!r}")
+        try:
+            settings[name] = json.loads(text)
+        except (ValueError, RecursionError):
+            settings[name] = text
+    return settings
+
+
+def media_options_of(num_frames: int | None, fps: float | None, media_io: str | None = None) -> MediaOptions:
+    from mmserve.media.options import media_options
+
+    if num_frames is not None and fps is not None:
+        raise typer.BadParameter("Expected either --num-frames or --fps, but got both")
+    if fps is not None and not 0 < fps <= 1000:
+        raise typer.BadParameter(f"Expected --fps above 0 and at most 1000, but got {fps:g}")
+    try:
+        given = json.loads(media_io or "{}")
+    except (ValueError, RecursionError) as error:
+        raise typer.BadParameter("Expected --media-io-kwargs as JSON, but it does not parse") from error
+    sampled = usage(lambda: media_options(given))
+    # the options of the same name win
+    return media_options({"video": {"num_frames": num_frames, "fps": fps}}, sampled)
+
+
+def open_llm(model: str, methods: Methods, options: MediaOptions, epd: tuple[int, int, int] | None) -> LLM:
+    import msgspec
+
+    from mmserve.llm import LLM
+    from mmserve.media.options import media_io_kwargs
+
+    settings: dict[str, Any] = msgspec.to_builtins(methods)
+    return LLM(model, epd=epd, media_io_kwargs=media_io_kwargs(options), **settings)

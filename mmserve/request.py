@@ -66,10 +66,20 @@ class Methods(_Data, frozen=True):
     prune_options: dict[str, Option] = {}
     prune_text_images: bool = False  # also pictures of text, which are left alone otherwise
     attention: str = "dense"
+    attention_options: dict[str, Option] = {}  # settings of the pattern, by name
+    attention_dense_below: int | None = None  # slots; None: the measured default
+    attention_profile: str | None = None  # path of a file that only a deployment can name
     kv: str = "none"
     # at most 1: share of visual slots; above 1: slots per head; None: kv.base.DEFAULT_BUDGET
     kv_budget: float | None = None
+    kv_options: dict[str, Option] = {}  # settings of the method, by name
     kv_dtype: str = "auto"
+
+    @property
+    def has_settings(self) -> bool:
+        """Whether a method is given settings of its own, beside how much it keeps."""
+        has_options = any(value for value in msgspec.structs.astuple(self) if isinstance(value, dict))
+        return has_options or self.attention_profile is not None
 
     def __hash__(self) -> int:
         return hash((self.prune, self.keep, self.keep_image, self.kv, self.kv_budget))  # a dict has none
@@ -88,6 +98,27 @@ class TokenReport(_Data, frozen=True):
     weight: bytes  # float32, little-endian
 
 
+class AttentionReport(_Data, frozen=True):
+    """What a sparse pattern loses, measured against a dense pass, and the map of one head.
+
+    `recall` is the share of the dense attention's weight on the keys that were seen, by layer, the mean over
+    rows and heads. The map is side * side bytes, a cell `cell` rows high and as many keys wide: in
+    `attention` the largest weight in a cell, 255 being 1 and each 51 less a tenth of that, in `seen` how much
+    of the cell the pattern computes.
+    """
+
+    recall: tuple[float, ...]
+    layer: int
+    head: int
+    chosen: str  # what the pattern does in that head, where its heads differ
+    head_density: float
+    head_recall: float
+    cell: int
+    side: int
+    attention: bytes
+    seen: bytes
+
+
 class MediaReport(_Data, frozen=True, omit_defaults=True):
     """What was really sampled from one item."""
 
@@ -102,7 +133,10 @@ class MediaReport(_Data, frozen=True, omit_defaults=True):
 
 
 class Usage(_Data, frozen=True):
-    """Counts as `interface.md` names them; `kv_bytes` after compression, `kv_bytes_uncompressed` before."""
+    """Counts as `interface.md` names them; `kv_bytes` after compression, `kv_bytes_uncompressed` before.
+
+    Before compression means what enters the model: `kv_bytes_dense` is what it would be without any method.
+    """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -110,9 +144,13 @@ class Usage(_Data, frozen=True):
     visual_tokens: int = 0
     visual_tokens_kept: int = 0  # that enter the language model, and whose KV no method drops in prefill
     visual_tokens_layer_mean: float = 0.0  # that are in a layer of it, mean over layers
+    visual_tokens_by_layer: tuple[int, ...] = ()  # where layers differ
     visual_tokens_cached: int = 0
     kv_bytes: int = 0
     kv_bytes_uncompressed: int = 0
+    kv_bytes_dense: int = 0  # of a prompt with all of its visual tokens
+    attention_density: tuple[float, ...] = ()  # of each layer: share of dense attention that was computed
+    attention_recall: tuple[float, ...] = ()  # the same of its weight, where that was measured
 
 
 class Timings(_Data, frozen=True):
@@ -175,6 +213,7 @@ class RequestOutput(_Data, frozen=True):
     timings_ms: Timings
     media: tuple[MediaReport, ...]
     methods: Methods
+    attention: AttentionReport | None = None
     prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
 
 
@@ -188,6 +227,7 @@ class Prompt(_Data, frozen=True):
     salt: str = ""  # separates caches; `tenant_of` tells whose they are
     priority: int = 0  # lower comes earlier, as in vLLM
     report_tokens: bool = False  # say of every item which of its tokens survive
+    report_attention: bool = False  # measure what sparse attention loses, which costs a dense pass
 
 
 def tenant_of(salt: str) -> str:

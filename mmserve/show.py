@@ -1,6 +1,6 @@
-"""`mmserve ask --show-tokens`: a picture of what was left of each item, on its own frames.
+"""`mmserve ask --show-tokens` and `--show-attention`: what was left of each item, and what a head attends to.
 
-Decodes some of the frames once more. Knows nothing about models or methods.
+Decodes some of the frames once more for the first. Knows nothing about models or methods.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from mmserve.conversation import MediaPart, parse
 from mmserve.errors import BadRequest
 from mmserve.media.fetch import Fetcher
+from mmserve.media.heatmap import Map, draw_map
 from mmserve.media.intake import Intake
 from mmserve.media.overlay import Panel, draw
 from mmserve.media.pool import SandboxPool
-from mmserve.request import MediaOptions, MediaReport, TokenReport
+from mmserve.request import MediaOptions, MediaReport, RequestOutput, TokenReport
 
 MAX_PANELS = 32
 KINDS = (".png", ".jpg", ".jpeg", ".webp")
@@ -67,6 +68,34 @@ def show_tokens(
             caption = _caption(media[frame.item], frame.number, is_whole=start == 0 and len(report.grids) > 1)
             panels.append(Panel(pictures[frame], first + start, (rows, columns), stride, caption))
     draw(panels, weights).save(target)
+
+
+def show_attention(done: RequestOutput, target: Path) -> None:
+    """Write the map of one head of an answered conversation, and what the pattern sees of it."""
+    found, method = done.attention, done.methods.attention
+    if found is None:
+        raise BadRequest(
+            f"Expected attention to show, but nothing is reported of it with prune {done.methods.prune}"
+        )
+    attention, seen = (
+        np.frombuffer(cells, np.uint8).reshape(found.side, found.side)
+        for cells in (found.attention, found.seen)
+    )
+    density = done.usage.attention_density
+    chosen = f" ({found.chosen})" if found.chosen else ""
+    lines = (
+        f"{method}{chosen}, layer {found.layer}, head {found.head}: "
+        f"density {100 * found.head_density:.1f} %, recall {100 * found.head_recall:.1f} %",
+        f"all layers: density {_percents(density)}, recall {_percents(found.recall)}",
+        f"one cell is {found.cell} x {found.cell} tokens; rows go down, keys to the right",
+    )
+    captions = ("largest weight in a cell, 0.00001 to 1", f"what {method} computes of it")
+    draw_map(Map(attention, seen), captions, lines).save(target)
+
+
+def _percents(shares: Sequence[float]) -> str:
+    mean = 100 * sum(shares) / max(len(shares), 1)
+    return f"{mean:.1f} % ({100 * min(shares, default=0):.0f} to {100 * max(shares, default=0):.0f})"
 
 
 def _evenly(frames: Sequence[_Frame]) -> list[_Frame]:

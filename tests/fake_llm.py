@@ -52,6 +52,7 @@ class FakeLLM:
         methods: Methods | None = None,
         options: MediaOptions | None = None,
         report_tokens: bool = False,
+        report_attention: bool = False,
     ) -> FakeGeneration:
         content = messages[-1]["content"]
         text = content if isinstance(content, str) else content[-1]["text"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mmserve import cli
+from mmserve import cli, options
 from mmserve.config import ServeConfig
 from mmserve.errors import MediaError
 from mmserve.request import MediaOptions, Methods
@@ -36,7 +36,7 @@ class Shell:
         self.reply: Reply = str.upper
         self.made: list[tuple[str, Methods, MediaOptions, tuple[int, int, int] | None]] = []
         self.llms: list[FakeLLM] = []
-        monkeypatch.setattr(cli, "_llm", self._llm)
+        monkeypatch.setattr(options, "open_llm", self._llm)
 
     def _llm(
         self, model: str, methods: Methods, options: MediaOptions, epd: tuple[int, int, int] | None
@@ -121,6 +121,8 @@ def test_the_module_runs_like_the_command() -> None:
         (["ask", "CLIP", "What?", "--prune", "evs", "--prune-options", "{"], "as JSON"),
         (["ask", "CLIP", "What?", "--prune", "evs", "--prune-options", "[]"], "as an object"),
         (["ask", "CLIP", "What?", "--show-tokens", "out.mp4"], "ending with .png"),
+        (["ask", "CLIP", "What?", "--show-attention", "out.mp4"], "ending with .png"),
+        (["ask", "CLIP", "What?", "--attention-option", "sink"], "--attention-option as NAME=VALUE"),
         (["ask", "CLIP", "What?", "--kv-budget", "-1"], "more than 0"),
         (["ask", "CLIP", "What?", "--fps", "1", "--num-frames", "2"], "got both"),
         (["ask", "CLIP", "What?", "--fps", "0"], "above 0"),
@@ -154,7 +156,10 @@ def test_wrong_usage_is_2(shell: Shell, clip: Path, arguments: list[str], reason
 
 def test_ask_prints_the_answer_and_a_line_about_it(shell: Shell, clip: Path) -> None:
     methods_given = ["--prune", "holitom", "--keep", "25", "--keep-image", "16/frame"]
-    methods_given += ["--prune-options", '{"tau": 0.7}']
+    methods_given += ["--prune-options", '{"tau": 0.7}', "--kv", "snapkv"]
+    methods_given += ["--kv-option", "window=8", "--kv-option", "pooling=max"]
+    methods_given += ["--attention", "a_shape", "--attention-option", "sink=64"]
+    methods_given += ["--attention-option", "local_frames=2", "--attention-dense-below", "0"]
     run = shell("ask", clip, "What?", *methods_given, "--fps", "2", "--epd", "1,2,1")
     assert run.code == 0
     assert run.out == "WHAT?\n"
@@ -162,7 +167,17 @@ def test_ask_prints_the_answer_and_a_line_about_it(shell: Shell, clip: Path) -> 
     assert run.err.count("\n") == 1
     ((model, methods, options, epd),) = shell.made
     assert model == "tiny"
-    assert methods == Methods(prune="holitom", keep=25, keep_image="16/frame", prune_options={"tau": 0.7})
+    assert methods == Methods(
+        prune="holitom",
+        keep=25,
+        keep_image="16/frame",
+        prune_options={"tau": 0.7},
+        attention="a_shape",
+        attention_options={"sink": 64, "local_frames": 2},
+        attention_dense_below=0,
+        kv="snapkv",
+        kv_options={"window": 8, "pooling": "max"},
+    )
     assert options == MediaOptions(fps=2)
     assert epd == (1, 2, 1)
     (llm,) = shell.llms
@@ -365,7 +380,7 @@ def test_serve_stops_at_a_wrong_file(
     file = tmp_path / "serve.yaml"
     file.write_text("prot: 9000\n")
     run = shell("serve", "--config", file)
-    assert run.code == 1
+    assert run.code == 2
     assert "nearest is 'port'" in run.err
     assert not served
 
@@ -389,13 +404,18 @@ def test_methods_lists_every_registry(shell: Shell) -> None:
         fields = {"kind", "name", "paper", "acts_at", "needs_query", "needs_whole_item"}
         assert entry.keys() >= fields | {"defaults", "families", "trained_weights"}
     assert by_kind["prune"][:4] == ["none", "random", "uniform", "holitom"]
-    assert by_kind["attention"] == ["dense"]
+    assert by_kind["attention"][0] == "dense"
+    assert {"mminference", "a_shape"} <= set(by_kind["attention"])
     assert by_kind["kv"][:3] == ["none", "random", "snapkv"]
-    assert by_kind["kv_dtype"] == ["auto"]
+    assert by_kind["kv_dtype"] == ["auto", "bf16", "fp8", "int8", "int4"]
     holitom = next(entry for entry in entries if entry["name"] == "holitom")
     assert holitom["defaults"]["window_frames"] == 64
     text = shell("methods").out
     assert all(entry["name"] in text for entry in entries)
+    assert text.startswith("kind ")
+    (tau,) = [line for line in text.splitlines() if line.split()[1:3] == ["holitom", "tau"]]
+    assert tau.split()[3] == "none"
+    assert "none: 0.8, or 0.65 for keep of at most 0.1" in tau
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -410,8 +430,9 @@ def test_check_config_fills_in_every_limit(shell: Shell, file: Path) -> None:
     [
         ("methods: {prune: holitm}\n", "holitom"),
         ("methods: {keep: 0.5}\n", "keep only with prune"),
-        ("methods: {prune: holitom, prune_options: {tua: 1}}\n", "one of tau"),
+        ("methods: {prune: holitom, prune_options: {tua: 1}}\n", "window_frames, tau"),
         ("methods: {prune: holitom+fastv, prune_options: {fastv.layer: 0}}\n", "layer to be a whole number"),
+        ("methods: {kv: snapkv, kv_options: {window: 65}}\n", "window to be a whole number"),
         ("prune_under_load: {floor: 0.1}\n", "prune_under_load only with"),
         ("prot: 1\n", "port"),
         ("model: [", "YAML"),
@@ -422,7 +443,7 @@ def test_check_config_says_what_is_wrong(shell: Shell, tmp_path: Path, text: str
     file = tmp_path / "serve.yaml"
     file.write_text(text)
     run = shell("check-config", file)
-    assert run.code == (1 if text else 0)
+    assert run.code == (2 if text else 0)
     assert reason in run.err
 
 

@@ -60,16 +60,20 @@ class Submits(Protocol):
         deliver: Deliver,
         methods: Methods | None = None,
         options: MediaOptions | None = None,
+        report_attention: bool = False,
     ) -> object: ...
 
 
 class LocalAnswerer:
-    """Answers with an `LLM`."""
+    """Answers with an `LLM`; with `report_attention` it measures what sparse attention loses, slowly."""
 
-    def __init__(self, llm: Submits, methods: Methods, options: MediaOptions) -> None:
+    def __init__(
+        self, llm: Submits, methods: Methods, options: MediaOptions, *, report_attention: bool = False
+    ) -> None:
         self._llm = llm
         self._methods = methods
         self._options = options
+        self._report_attention = report_attention
 
     def start(self, question: Question, done: Callable[[Answer], None]) -> None:
         def deliver(news: Chunk | RequestOutput | MMServeError) -> None:
@@ -81,7 +85,12 @@ class LocalAnswerer:
         try:
             options = sampled(question, self._options)
             self._llm.submit(
-                question.messages, question.sampling, methods=self._methods, options=options, deliver=deliver
+                question.messages,
+                question.sampling,
+                methods=self._methods,
+                options=options,
+                deliver=deliver,
+                report_attention=self._report_attention,
             )
         except MMServeError as error:
             done(Answer(error=error))

@@ -6,7 +6,7 @@ pages or steps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -23,14 +23,14 @@ class LayerGroups:
     bounds: tuple[int, ...]
     stage: int = 0
     entered: int = 0  # reducible rows before the first reduction
-    visual_slots: int = 0  # of all layers that were passed, per head
+    passed: list[int] = field(default_factory=list)  # visual rows by group
     memory: Tensor | None = None  # the method's own
 
     @classmethod
     def of(cls, reducer: InnerReducer, num_layers: int) -> LayerGroups:
         bounds = (0, *reducer.layers(num_layers), num_layers)
         assert all(low < high for low, high in pairwise(bounds[1:])), "layers are inside the model, ascending"
-        return cls(reducer, bounds)
+        return cls(reducer, bounds, passed=[0] * (len(bounds) - 1))
 
     @property
     def layers(self) -> range:
@@ -38,8 +38,10 @@ class LayerGroups:
         return range(self.bounds[self.stage], self.bounds[self.stage + 1])
 
     @property
-    def visual_layer_mean(self) -> float:
-        return self.visual_slots / self.bounds[-1]
+    def visual_by_layer(self) -> tuple[int, ...]:
+        """Visual rows that have passed each layer of the model."""
+        groups = zip(pairwise(self.bounds), self.passed, strict=True)
+        return tuple(rows for (low, high), rows in groups for _ in range(low, high))
 
     @property
     def is_last(self) -> bool:

@@ -11,7 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mmserve.attention.selection import Quest
+from mmserve.attention.sparse import PromptPattern, SlotKinds, SparseRows
 from mmserve.engine.groups import LayerGroups
+from mmserve.kv.base import Observer
 from mmserve.pruning.carriers import FOREVER
 
 MAX_OBSERVED = 64  # text queries after the last visual token that KV policies see
@@ -24,24 +27,31 @@ class PromptRows:
     `order` is each row's index in the uncompressed prompt, `position` its RoPE position. With `groups` of
     layers, rows and `done` are those of the group that is passed now, and `embeddings` its inputs.
     Where not all later rows see a row, `until` is the first order that does not, or `FOREVER`; what no row to
-    come sees is dropped, so that there are at most `most_slots` at a time.
+    come sees is dropped, so that there are at most `most_slots` at a time. With a `pattern`, `item` and
+    `frame` say what each row shows; as in `attention.base.ChunkView`.
     """
 
     embeddings: Tensor  # [n or more, D]
     order: NDArray[np.int32]
     position: NDArray[np.int32]
     is_visual: NDArray[np.bool_]
+    item: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))  # with `pattern`
+    frame: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+    pattern: PromptPattern | None = None
     until: NDArray[np.int32] | None = None
     most_slots: int | None = None
     is_whole: bool = True
     is_observed: bool = False  # keep the queries that a KV policy wants to see
     wants_logits: bool = False  # of every row
     is_reducible: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, np.bool_))  # with `groups`
+    patch: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))  # as in `InnerView`
     groups: LayerGroups | None = None
     done: int = 0
     cached: int = 0  # slots whose KV was there already
     headroom: int = 0  # slots that are its own behind the prompt
     observed: dict[int, list[Tensor]] = field(default_factory=dict)  # by layer, per chunk [rows, Hq, d]
+    observer: Observer | None = None  # of the KV policy that will act on it
+    logits: Tensor | None = None  # fp32 [V], of its last row once that is over
 
     def __len__(self) -> int:
         return len(self.order)
@@ -61,6 +71,13 @@ class PromptRows:
     def slots(self) -> int:
         """Slots per head that it takes at most at a time."""
         return len(self.embeddings) if self.most_slots is None else self.most_slots
+
+    def sparse_rows(self, stop: int) -> SparseRows | None:
+        """What the rows before `stop` are, for the pattern of those that run now."""
+        if self.pattern is None:
+            return None
+        kinds = SlotKinds(self.is_visual[:stop], self.item[:stop], self.frame[:stop])
+        return SparseRows(self.pattern, kinds, is_end=self.is_whole and stop == len(self))
 
     def until_of(self, order: NDArray[np.int32]) -> NDArray[np.int32] | None:
         """Until when slots of these orders are seen; None where all are for ever."""
@@ -135,3 +152,4 @@ class DecodeRow:
     token: int
     order: int
     position: int
+    selector: Quest | None = None  # where it reads only some pages

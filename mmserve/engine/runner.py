@@ -5,8 +5,7 @@ A sequence's K/V live in head-owned pages from its first prompt row until `relea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,76 +14,54 @@ from torch import Tensor
 
 from mmserve.attention.backend import attention_for
 from mmserve.attention.cuda import CudaAttention, to_device
-from mmserve.attention.paged import PagedAttention, SequenceRows
+from mmserve.attention.paged import PagedAttention, SequenceRows, Watch
+from mmserve.attention.quantized import QuantizedAttention
+from mmserve.attention.selection import PageSelection
+from mmserve.engine.batch import Batch, StepResult, observed
+from mmserve.engine.compression import Compression, watched
 from mmserve.engine.graphs import MAX_ROWS, DecodeGraphs
 from mmserve.engine.groups import LayerGroups
+from mmserve.engine.pages import WorkerPages
+from mmserve.engine.probe import Probing
 from mmserve.engine.rows import DecodeRow, PromptRows, first_visual, row_after
 from mmserve.engine.scheduler import Chunk, Plan
 from mmserve.kernels.dispatch import backend_for
-from mmserve.kv.base import KVPolicy, LayerView
+from mmserve.kernels.kv_codec.pages import Kind
+from mmserve.kv.base import KVPolicy
 from mmserve.kv.identity import Identity
-from mmserve.kv.prefix import PrefixCache
-from mmserve.kv.store import KVExport, PageStore
+from mmserve.kv.store import PageStore
 from mmserve.kv.table import PageTable
 from mmserve.models.decoder import TextDecoder
 from mmserve.models.fused import fused_forward
+from mmserve.models.rope import rope_frequencies_on
 from mmserve.pruning.inner import InnerView
 
 
-class StepResult(NamedTuple):
-    """What a step computed: one row of fp32 logits per name, decodes first, then completed prompts."""
-
-    names: tuple[str, ...]
-    logits: Tensor  # [names, V]
-    prompt_hidden: dict[str, Tensor]  # of a chunk's rows [rows, D], for prompts that want their logits
-
-
-class _Batch(NamedTuple):
-    """The packed rows of one step: those of `tokens`, then `pieces` of prompts."""
-
-    tokens: list[int]
-    pieces: list[Tensor]
-    positions: list[NDArray[np.int32]]
-    rows: list[SequenceRows]
-    observe: dict[str, range]
-
-
-class Runner:
-    """Model, page table, page store and prefix cache of one language worker."""
+class Runner(WorkerPages):
+    """Model and pages of one language worker."""
 
     def __init__(
-        self, decoder: TextDecoder, table: PageTable, store: PageStore, device: torch.device
+        self,
+        decoder: TextDecoder,
+        table: PageTable,
+        store: PageStore,
+        device: torch.device,
+        codec: Kind | None = None,
     ) -> None:
+        super().__init__(table, store, decoder.embed_tokens.weight.dtype, codec)
         self.decoder = decoder
-        self.table = table
-        self.store = store
-        self.prefix = PrefixCache(table, table.num_pages, store.page_bytes)
         self.device = device
         self.prompts: dict[str, PromptRows] = {}
+        self._selections: dict[str, PageSelection] = {}
         # for steps of decodes alone, where a launch costs more than what it does
-        can_capture = device.type == "cuda" and backend_for(device) == "triton"
+        self._is_alike = store.k.dtype is self._dtype
+        can_capture = device.type == "cuda" and backend_for(device) == "triton" and self._is_alike
         self.graphs = DecodeGraphs(decoder, table, store) if can_capture else None
         self.attention = attention_for(device)
+        config = decoder.config
+        self._frequencies = rope_frequencies_on(device, config.head_dim, config.rope_theta)
 
     # pages
-
-    @property
-    def available_pages(self) -> int:
-        """Pages that are free, or only remembered."""
-        return self.table.free_pages + self.prefix.evictable_pages
-
-    def pages_freed_by(self, sequence: str) -> int:
-        """Pages that no other sequence holds: without this one they are free, or only remembered."""
-        pages = self.table.pages(sequence)
-        pages = pages[pages >= 0]
-        return int((self.table.owners(pages) - self.prefix.holds(pages) == 1).sum())
-
-    def cached(self, identity: Identity | None, most: int) -> tuple[int, int]:
-        """Leading slots whose KV is there, `most` at most, and those of its pages that are in use anyway."""
-        if identity is None:
-            return 0, 0
-        found = self.prefix.match(identity, most)
-        return found, self.prefix.busy_pages(identity, found)
 
     def add(
         self,
@@ -103,19 +80,10 @@ class Runner:
         prompt.headroom = headroom
         self.reserve(sequence, prompt.slots - prompt.cached + headroom)
 
-    def reserve(self, sequence: str, slots: int) -> None:
-        """Own pages for `slots` more slots, at the expense of what is only remembered."""
-        self._make_room(self.table.missing_pages(sequence, slots))
-        self.table.reserve(sequence, slots)
-
-    def _make_room(self, pages: int) -> None:
-        short = pages - self.table.free_pages
-        if short > 0:
-            self.prefix.evict(short)
-
     def release(self, sequence: str) -> None:
         """Forget a sequence, whatever it is doing; harmless when it is unknown."""
         self.prompts.pop(sequence, None)
+        self._selections.pop(sequence, None)
         if sequence in self.table:
             self.table.release(sequence)
 
@@ -153,27 +121,57 @@ class Runner:
         """Through a group of layers, or all."""
         batch = self._batch(layers, plan, decodes)
         positions = np.concatenate(batch.positions)
-        if self.graphs is not None and not plan.chunks and len(plan.decodes) <= MAX_ROWS:
+        can_replay = not plan.chunks and all(rows.selection is None for rows in batch.rows)
+        if self.graphs is not None and can_replay and len(plan.decodes) <= MAX_ROWS:
             return StepResult(plan.decodes, self.graphs.run(plan.decodes, batch.tokens, positions), {})
-        attention = self.attention(self.table, self.store, batch.rows, batch.observe, layers)
+        attention = self._attention(plan, batch, layers)
         decoding = [self.embed(batch.tokens)] if batch.tokens else []
         rows, where = torch.cat([*decoding, *batch.pieces]), to_device(positions, self.device)
-        if isinstance(attention, CudaAttention):
-            hidden = fused_forward(self.decoder, rows, where, attention.attend_products, layers)
-        else:
-            hidden = self.decoder(rows, where, attention.attend, layers)
+        hidden = self._forward(attention, rows, where, layers, batch.watch)
         return self._result(plan, batch, hidden, attention)
 
-    def _batch(self, layers: range | None, plan: Plan, decodes: dict[str, DecodeRow]) -> _Batch:
-        batch = _Batch([], [], [], [], {})
+    def _forward(
+        self,
+        attention: PagedAttention | QuantizedAttention,
+        rows: Tensor,
+        where: Tensor,
+        layers: range | None,
+        watch: Sequence[Watch],
+    ) -> Tensor:
+        tap = attention.tap if watch else None
+        if attention.is_fused and self._is_alike:
+            assert isinstance(attention, CudaAttention | QuantizedAttention), "products are for a GPU"
+            return fused_forward(self.decoder, rows, where, attention.attend_products, layers, tap)
+        hidden: Tensor = self.decoder(rows, where, attention.attend, layers, tap)
+        return hidden
+
+    def _attention(
+        self, plan: Plan, batch: Batch, layers: range | None
+    ) -> PagedAttention | QuantizedAttention:
+        return self.attention(self.table, self.store, batch.rows, batch.observe, layers, batch.watch)
+
+    def _append(self, sequence: str, order: NDArray[np.int32], position: NDArray[np.int32]) -> None:
+        """The next slot of an answer."""
+        self._make_room(self.table.missing_pages(sequence, 1))
+        self.table.append(sequence, order, position)
+
+    def _selection(self, sequence: str, row: DecodeRow) -> PageSelection | None:
+        """Of an answer that does not read all its pages."""
+        if row.selector is not None and sequence not in self._selections:
+            found = PageSelection(row.selector, self.table, self.store, sequence)
+            self._selections[sequence] = found
+        return self._selections.get(sequence)
+
+    def _batch(self, layers: range | None, plan: Plan, decodes: dict[str, DecodeRow]) -> Batch:
+        batch = Batch([], [], [], [], {}, [])
         for start, name in enumerate(plan.decodes):
             row = decodes[name]
             order, position = np.array([row.order], np.int32), np.array([row.position], np.int32)
-            self._make_room(self.table.missing_pages(name, 1))
-            self.table.append(name, order, position)
+            self._append(name, order, position)
             batch.tokens.append(row.token)
             batch.positions.append(position)
-            batch.rows.append(SequenceRows(name, start, start + 1))
+            selection = self._selection(name, row)
+            batch.rows.append(SequenceRows(name, start, start + 1, selection=selection))
         start = len(plan.decodes)
         for chunk in plan.chunks:
             prompt = self.prompts[chunk.sequence]
@@ -185,8 +183,10 @@ class Runner:
             until = None
             if prompt.until is not None:
                 until = prompt.until_of(self.table.order(chunk.sequence, 0, 0))
-            batch.rows.append(SequenceRows(chunk.sequence, start, stop, until))
-            batch.observe.update(_observed(chunk, prompt, start))
+            sparse = prompt.sparse_rows(chunk.stop)
+            batch.rows.append(SequenceRows(chunk.sequence, start, stop, until, sparse))
+            batch.observe.update(observed(chunk, prompt, start))
+            batch.watch.extend(watched(self.table, self.store, chunk, prompt, start, self._frequencies))
             start = stop
         return batch
 
@@ -195,7 +195,9 @@ class Runner:
         """fp32 scores [n, V] of hidden states [n, D]."""
         return self.decoder.logits(hidden)
 
-    def _result(self, plan: Plan, batch: _Batch, hidden: Tensor, attention: PagedAttention) -> StepResult:
+    def _result(
+        self, plan: Plan, batch: Batch, hidden: Tensor, attention: PagedAttention | QuantizedAttention
+    ) -> StepResult:
         where = {rows.sequence: rows for rows in batch.rows}
         finished = list(plan.decodes)
         prompt_hidden = {}
@@ -217,6 +219,8 @@ class Runner:
         if finished:
             last = np.array([where[name].stop - 1 for name in finished])
             logits = self.decoder.logits(hidden.index_select(0, to_device(last, self.device)))
+            for row, name in enumerate(finished[len(plan.decodes) :], len(plan.decodes)):
+                self.prompts[name].logits = logits[row]
         else:
             logits = hidden.new_empty(0, self.decoder.config.vocab_size, dtype=torch.float32)
         return StepResult(tuple(finished), logits, prompt_hidden)
@@ -237,7 +241,7 @@ class Runner:
     def _leave_group(self, chunk: Chunk, prompt: PromptRows, groups: LayerGroups, hidden: Tensor) -> None:
         """What comes out of a group of layers is the input of the next one."""
         rows = slice(chunk.start, chunk.stop)
-        groups.visual_slots += int(prompt.is_visual[rows].sum()) * len(groups.layers)
+        groups.passed[groups.stage] += int(prompt.is_visual[rows].sum())
         if not groups.is_last:
             prompt.embeddings[rows] = hidden
         elif prompt.is_over:
@@ -265,10 +269,23 @@ class Runner:
             kept = np.concatenate([np.arange(first), first + rows.cpu().numpy()])
             prompt.order, prompt.position = prompt.order[kept], prompt.position[kept]
             prompt.is_visual, prompt.is_reducible = prompt.is_visual[kept], prompt.is_reducible[kept]
+            prompt.patch = prompt.patch[kept]
+            if prompt.pattern is not None:
+                prompt.item, prompt.frame = prompt.item[kept], prompt.frame[kept]
+            if groups.reducer.drops_below:
+                self._keep_below(sequence, prompt.order, groups.layers.stop)
         groups.stage += 1
         prompt.done = prompt.cached
         above = range(groups.layers.start, self.table.layers)
         self.table.trim(sequence, len(prompt) - prompt.cached + prompt.headroom, above)
+
+    def _keep_below(self, sequence: str, order: NDArray[np.int32], layers: int) -> None:
+        """In so many first layers only slots of these orders stay."""
+        for layer in range(layers):
+            kept = np.flatnonzero(np.isin(self.table.order(sequence, layer, 0), order))
+            for head in range(self.table.kv_heads):
+                self._make_room(-(-len(kept) // self.table.page_size))
+                self.store.copy(*self.table.keep(sequence, layer, head, kept))
 
     def _view(self, sequence: str, prompt: PromptRows, groups: LayerGroups, first: int) -> InnerView:
         queries = keys = None
@@ -276,8 +293,9 @@ class Runner:
         if groups.layers:
             queries = torch.cat(prompt.observed[below])
             keys, _ = self.store.read(self.table.slots(sequence, below))
-        is_visual, is_reducible = (
-            to_device(rows[first:], self.device) for rows in (prompt.is_visual, prompt.is_reducible)
+        is_visual, is_reducible, patch = (
+            to_device(rows[first:], self.device)
+            for rows in (prompt.is_visual, prompt.is_reducible, prompt.patch)
         )
         return InnerView(
             stage=groups.stage,
@@ -287,15 +305,12 @@ class Runner:
             hidden=prompt.embeddings[first : len(prompt)],
             is_visual=is_visual,
             is_reducible=is_reducible,
+            patch=patch,
             queries=queries,
             keys=keys,
         )
 
     # the end of a prompt
-
-    def remember(self, sequence: str, identity: Identity) -> None:
-        """Let later prompts share the KV of a sequence, whose slots are those of `identity`."""
-        self.prefix.insert(sequence, identity, len(identity.rows))
 
     @torch.inference_mode()
     def compress(
@@ -311,54 +326,48 @@ class Runner:
         one_head = -(-int(self.table.lengths(sequence).max()) // self.table.page_size)
         if identity is not None and self.available_pages < one_head:
             self.prefix.forget(identity)
-        query_order = to_device(prompt.order[prompt.first_observed :], self.device)
-        text = prompt.order[~prompt.is_visual]  # whatever an inner method has dropped, it was visual
-        for layer in range(self.table.layers):
-            keys, values = self.store.read(self.table.slots(sequence, layer))
-            order = self.table.order(sequence, layer, 0)
-            view = LayerView(
-                layer=layer,
-                queries=torch.cat(prompt.observed[layer]),
-                query_order=query_order,
-                keys=keys,
-                values=values,
-                visual=to_device(np.isin(order, text, invert=True), self.device),
-                order=to_device(order, self.device),
-                budget=budget,
-            )
-            for head, kept in enumerate(policy.select(view)):
-                self._make_room(-(-len(kept) // self.table.page_size))
-                self.store.copy(*self.table.keep(sequence, layer, head, kept))
+        compression = Compression(
+            table=self.table,
+            store=self.store,
+            sequence=sequence,
+            prompt=prompt,
+            policy=policy,
+            frequencies=self._frequencies,
+            probing=self._probing(sequence, prompt, policy),
+        )
+        compression.apply(compression.choose(budget), self._make_room)
+
+    def _probing(self, sequence: str, prompt: PromptRows, policy: KVPolicy) -> Probing | None:
+        if policy.probe() is None:
+            return None
+        return Probing(
+            table=self.table,
+            store=self.store,
+            sequence=sequence,
+            prompt=prompt,
+            observer=policy.observer(),
+            frequencies=self._frequencies,
+            run_after=self._run_after,
+            embed=self.embed,
+            best=lambda hidden: int(self.decoder.logits(hidden).argmax()),
+        )
+
+    def _run_after(
+        self,
+        sequence: str,
+        rows: Tensor,
+        order: NDArray[np.int32],
+        position: NDArray[np.int32],
+        see: Callable[[int, Tensor, Tensor], None],
+    ) -> Tensor:
+        """Hidden states of rows that are appended to a prompt which is over."""
+        self._make_room(self.table.missing_pages(sequence, len(order)))
+        self.table.append(sequence, order, position)
+        watch = [Watch(range(len(order)), see)]
+        alone = [SequenceRows(sequence, 0, len(order))]
+        attention = self.attention(self.table, self.store, alone, None, None, watch)
+        return self._forward(attention, rows, to_device(position, self.device), None, watch)
 
     def finish_prompt(self, sequence: str) -> None:
         """The prompt's rows are no longer needed, its pages stay."""
         del self.prompts[sequence]
-
-    def import_(self, sequence: str, export: KVExport, headroom: int) -> None:
-        """Create a sequence from KV that was computed elsewhere, with pages for `headroom` tokens more."""
-        self._make_room(self.table.pages_for(int(export.lengths.max(initial=0)) + headroom))
-        self.store.import_(self.table, sequence, export)
-        self.reserve(sequence, headroom)
-
-    def export(self, sequence: str) -> KVExport:
-        return self.store.export(self.table, sequence)
-
-    def kv_bytes(self, sequence: str) -> int:
-        """Bytes of K and V in the slots a sequence holds, over all layers and heads."""
-        slots = int(self.table.lengths(sequence).sum())
-        return slots * self.store.page_bytes // self.table.page_size
-
-    def kv_bytes_of(self, rows: int) -> int:
-        """The same of so many rows that are in all layers and heads."""
-        slots = rows * self.table.layers * self.table.kv_heads
-        return slots * self.store.page_bytes // self.table.page_size
-
-
-def _observed(chunk: Chunk, prompt: PromptRows, start: int) -> dict[str, range]:
-    """Which rows of the packed batch are observed, for a chunk that begins at `start` of it."""
-    if not prompt.is_observed or not prompt.is_whole:
-        return {}
-    first = max(prompt.first_observed, chunk.start)
-    if first >= chunk.stop:
-        return {}
-    return {chunk.sequence: range(start + first - chunk.start, start + chunk.stop - chunk.start)}

@@ -5,6 +5,7 @@ Knows nothing about tensors, about whose pages are where, or about why a sequenc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -20,6 +21,7 @@ class Waiting(NamedTuple):
     done: int
     ready: int
     pages: int  # what its admission takes of `free_pages`, for the whole prompt
+    answer_pages: int = 0  # and of `free_answer_pages`
 
 
 class Prefilling(NamedTuple):
@@ -31,9 +33,12 @@ class Prefilling(NamedTuple):
     done: int
     ready: int
     pages: int  # what preempting it would free
+    answer_pages: int = 0
 
 
 class Decoding(NamedTuple):
+    """A running answer. Its pages are of those for answers, where answers have their own."""
+
     sequence: str
     priority: int
     arrived: int
@@ -50,6 +55,7 @@ class EngineState(NamedTuple):
     free_pages: int  # free or evictable now
     places: int  # most sequences that may run
     token_budget: int  # rows per step
+    free_answer_pages: int | None = None  # None: answers take those of prompts
 
 
 class Chunk(NamedTuple):
@@ -107,7 +113,10 @@ class _Step:
         self.running: list[Prefilling | Decoding] = [*state.prefilling, *state.decoding]
         self.running.sort(key=_order)
         self.decodes = {decode.sequence: decode.grow for decode in state.decoding}
-        self.free = state.free_pages - sum(self.decodes.values())  # below 0 while decodes lack pages
+        # of pages for prompts and of those for answers; below 0 while decodes lack them
+        self.free = [state.free_pages, state.free_answer_pages or 0]
+        self._of_answers = 0 if state.free_answer_pages is None else 1
+        self.free[self._of_answers] -= sum(self.decodes.values())
         self.places = state.places
         self.admitted: list[str] = []
         self.preempted: list[str] = []
@@ -115,41 +124,49 @@ class _Step:
         self._first_refused: tuple[int, int, str] | None = None
 
     def make_room_for_decodes(self) -> None:
-        while self.free < 0 and len(self.running) > 1:
+        while min(self.free) < 0 and len(self.running) > 1:
             self._preempt_last()
-        if self.free < 0:
+        if min(self.free) < 0:
             # only one is left: it waits until others give back what they hold
             (last,) = self.running
-            self.free += self.decodes.pop(last.sequence)
+            self.free[self._of_answers] += self.decodes.pop(last.sequence)
             self._first_refused = _order(last)
 
     def try_admit(self, prompt: Waiting) -> bool:
         if self._first_refused is not None and _order(prompt) > self._first_refused:
             return False
-        pages_short = prompt.pages - self.free
+        short = [prompt.pages - self.free[0], prompt.answer_pages - self.free[1]]
         places_short = len(self.running) + len(self.admitted) + 1 - self.places
         victims = 0
-        while pages_short > 0 or places_short > 0:
+        while max(short) > 0 or places_short > 0:
             victims += 1
             if victims > len(self.running) or self.running[-victims].priority <= prompt.priority:
                 return False
-            pages_short -= self._freed_by(self.running[-victims])
+            short = _difference(short, self._freed_by(self.running[-victims]))
             places_short -= 1
         for _ in range(victims):
             self._preempt_last()
-        self.free -= prompt.pages
+        self.free = _difference(self.free, (prompt.pages, prompt.answer_pages))
         self.admitted.append(prompt.sequence)
         return True
 
     def _preempt_last(self) -> None:
         last = self.running.pop()
-        self.free += self._freed_by(last)
+        freed = self._freed_by(last)
+        self.free = [self.free[0] + freed[0], self.free[1] + freed[1]]
         self.decodes.pop(last.sequence, None)
         self.preempted.append(last.sequence)
         self._first_refused = _order(last)
 
-    def _freed_by(self, sequence: Prefilling | Decoding) -> int:
-        return sequence.pages + self.decodes.get(sequence.sequence, 0)
+    def _freed_by(self, sequence: Prefilling | Decoding) -> tuple[int, int]:
+        if isinstance(sequence, Prefilling):
+            return sequence.pages, sequence.answer_pages
+        pages = sequence.pages + self.decodes.get(sequence.sequence, 0)
+        return (0, pages) if self._of_answers else (pages, 0)
+
+
+def _difference(pages: Sequence[int], others: Sequence[int]) -> list[int]:
+    return [one - other for one, other in zip(pages, others, strict=True)]
 
 
 def _order(sequence: Waiting | Prefilling | Decoding) -> tuple[int, int, str]:

@@ -6,6 +6,7 @@ batch. Knows nothing about sequences, pages or images.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -39,6 +40,9 @@ class DecoderConfig:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
+
+
+Tap = Callable[[Tensor], None]
 
 
 class RMSNorm(nn.Module):
@@ -95,8 +99,13 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend) -> Tensor:
-        x = self.self_attn(self.input_layernorm(x), x, cos, sin, layer, attend)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend, tap: Tap | None = None
+    ) -> Tensor:
+        inputs = self.input_layernorm(x)
+        if tap is not None:
+            tap(inputs)
+        x = self.self_attn(inputs, x, cos, sin, layer, attend)
         out: Tensor = self.mlp(self.post_attention_layernorm(x), x)
         return out
 
@@ -119,18 +128,25 @@ class TextDecoder(nn.Module):
         """Embeddings [N, D] of token ids [N]."""
         return functional.embedding(ids, self.embed_tokens.weight)
 
-    def forward(self, x: Tensor, positions: Tensor, attend: Attend, layers: range | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        layers: range | None = None,
+        tap: Tap | None = None,
+    ) -> Tensor:
         """Hidden states [N, D] after the final norm, for embeddings [N, D] at RoPE positions [N].
 
         With `layers` only these run: `x` is the input of their first, and without the last layer of all
-        nothing is normed.
+        nothing is normed. `tap` is shown the normed inputs of each layer before it attends.
         """
         config = self.config
         frequencies = rope_frequencies_on(x.device, config.head_dim, config.rope_theta)
         cos, sin = rope_angles(positions, frequencies, x.dtype)
         layers = range(config.layers) if layers is None else layers
         for index in layers:
-            x = self.layers[index](x, cos, sin, index, attend)
+            x = self.layers[index](x, cos, sin, index, attend, tap)
         hidden: Tensor = self.norm(x) if layers.stop == config.layers else x
         return hidden
 

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor, nn
 
 from mmserve.kernels.norm_rope import rms_norm
-from mmserve.models.decoder import Layer, RMSNorm, TextDecoder
+from mmserve.models.decoder import Layer, RMSNorm, Tap, TextDecoder
 from mmserve.models.rope import rope_frequencies_on
 
 
@@ -31,7 +31,12 @@ class AttendProducts(Protocol):
 
 
 def fused_forward(
-    decoder: TextDecoder, x: Tensor, positions: Tensor, attend: AttendProducts, layers: range | None = None
+    decoder: TextDecoder,
+    x: Tensor,
+    positions: Tensor,
+    attend: AttendProducts,
+    layers: range | None = None,
+    tap: Tap | None = None,
 ) -> Tensor:
     """As `TextDecoder.forward`."""
     config, eps = decoder.config, decoder.config.rms_norm_eps
@@ -43,6 +48,8 @@ def fused_forward(
         assert isinstance(layer, Layer)
         block, mlp = layer.self_attn, layer.mlp
         normed, x = rms_norm(x, layer.input_layernorm.weight, eps=eps, residual=added)
+        if tap is not None:
+            tap(normed)
         qkv = block.qkv_proj(normed).view(len(x), -1, config.head_dim)
         rotation = Rotation(positions, frequencies, _weight(block.q_norm), _weight(block.k_norm), eps)
         out = attend(index, qkv, rotation)

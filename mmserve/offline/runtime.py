@@ -44,6 +44,7 @@ class Request:
     methods: Methods
     priority: int = 0  # a lower one comes earlier
     report_tokens: bool = False
+    report_attention: bool = False
 
 
 class Runtime:
@@ -113,6 +114,7 @@ class Runtime:
             methods=request.methods,
             priority=request.priority,
             report_tokens=request.report_tokens,
+            report_attention=request.report_attention,
         )
         generation.start(prompt, fetch_ms=(time.perf_counter() - started_at) * 1e3)
         return generation

@@ -197,6 +197,10 @@ class Answer:
             self._door.metrics.count_finished(
                 msgspec.structs.asdict(news.usage), msgspec.structs.asdict(news.timings_ms)
             )
+            usage = news.usage
+            self._door.metrics.note_density(
+                usage.attention_density, usage.prompt_tokens - usage.cached_tokens
+            )
             self._end(reasons[0])
         elif isinstance(news, MMServeError):
             self._end(news.code)

@@ -48,7 +48,7 @@ def chat_router(door: Door, config: ServeConfig, model_name: str) -> APIRouter:
             request_id=request_id,
             model=model_name,
             wants_usage=body.wants_usage,
-            wants_report=bool(body.own.report),
+            wants_report=body.own.wants_report,
             top_logprobs=body.top_logprobs or 0,
         )
         if body.stream:
@@ -110,7 +110,7 @@ def _call(body: ChatRequest, config: ServeConfig, tenant: str) -> Call:
         load=None if floor is None else Load(floor, limits.max_queued),
         salt=_salt(tenant, body.cache_salt or ""),
         priority=priority,
-        report_tokens=bool(body.own.report and body.own.report_tokens),
+        report_tokens=bool(body.own.report_tokens),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -103,12 +104,17 @@ class Shape:
 
 def report(done: RequestOutput) -> dict[str, Any]:
     """The keys of `ask --json` without the answer."""
+    methods = msgspec.to_builtins(done.methods)
+    if methods["attention_profile"] is not None:
+        # where a server's files lie is not its clients' business
+        methods["attention_profile"] = Path(methods["attention_profile"]).name
     return {
         "finish_reason": str(done.outputs[0].finish_reason),
         "usage": msgspec.to_builtins(done.usage),
+        "attention_density": list(done.usage.attention_density),
         "media": msgspec.to_builtins(done.media),
         "timings_ms": msgspec.to_builtins(done.timings_ms),
-        "methods": msgspec.to_builtins(done.methods),
+        "methods": methods,
     }
 
 

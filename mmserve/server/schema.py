@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mmserve.budget import Budget
 from mmserve.config import Limits, MethodDefaults
 from mmserve.errors import BadRequest
-from mmserve.methods import choose_methods
+from mmserve.methods import WEIGHTS_SETTING, check_kv_dtype, choose_methods
 from mmserve.request import MediaOptions, Methods, Option
 from mmserve.sampling import SamplingParams
 from mmserve.server.errors import FieldError
@@ -108,11 +108,22 @@ class OwnOptions(VideoOptions):
     ] = None
     prune_text_images: Flag = None
     attention: Text = None
+    attention_options: Annotated[
+        dict[str, Option] | None, Field(description="an object from names to values")
+    ] = None
+    attention_dense_below: Whole = None
     kv: Text = None
     kv_budget: Number = None
+    kv_options: Annotated[dict[str, Option] | None, Field(description="an object from names to values")] = (
+        None
+    )
     kv_dtype: Text = None
     report: Flag = None
-    report_tokens: Flag = None  # with `report`: which tokens of each item survive
+    report_tokens: Flag = None  # implies `report`: also which tokens of each item survive
+
+    @property
+    def wants_report(self) -> bool:
+        return bool(self.report or self.report_tokens)
 
 
 class ChatRequest(_Body):
@@ -153,7 +164,7 @@ class ChatRequest(_Body):
     @property
     def wants_usage(self) -> bool:
         """In a stream; elsewhere usage is always there."""
-        return bool(self.own.report or (self.stream_options and self.stream_options.include_usage))
+        return bool(self.own.wants_report or (self.stream_options and self.stream_options.include_usage))
 
 
 class TokenizeRequest(_Body):
@@ -221,7 +232,13 @@ def _logit_bias(given: dict[str, float]) -> dict[int, float]:
 
 def methods_of(request: ChatRequest, defaults: MethodDefaults) -> Methods:
     own = request.own
-    return choose_methods(
+    given = [("prune_options", name) for name in own.prune_options or {}]
+    given += [("kv_options", name) for name in own.kv_options or {}]
+    for field, name in given:
+        if name.rpartition(".")[2] == WEIGHTS_SETTING:
+            where = f"mmserve.{field}.{name[:40]}"
+            raise FieldError(where, f"Expected no {where}, since only the deployment can name a file")
+    methods = choose_methods(
         defaults,
         prune=own.prune,
         keep=own.keep,
@@ -229,10 +246,15 @@ def methods_of(request: ChatRequest, defaults: MethodDefaults) -> Methods:
         prune_options=own.prune_options,
         prune_text_images=own.prune_text_images,
         attention=own.attention,
+        attention_options=own.attention_options,
+        attention_dense_below=own.attention_dense_below,
         kv=own.kv,
         kv_budget=own.kv_budget,
+        kv_options=own.kv_options,
         kv_dtype=own.kv_dtype,
     )
+    check_kv_dtype(methods, defaults.kv_dtype)
+    return methods
 
 
 def media_options_of(request: ChatRequest, limits: Limits) -> MediaOptions:

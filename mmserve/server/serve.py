@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import logging
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 from types import FrameType
+
+import msgspec
 
 from mmserve.config import ServeConfig, to_mapping
 from mmserve.errors import ConfigError
 from mmserve.methods import deployed_methods
 from mmserve.models.resolve import resolve
+from mmserve.request import Methods
 from mmserve.rundir import RunDir
 from mmserve.server.main import DEMO_HOME, ApiConfig
 from mmserve.workers.process import Child
@@ -42,13 +48,24 @@ class _Stop:
             self.failure = why
 
 
+def check_settings(methods: Methods, model_dir: Path) -> None:
+    """Raise ConfigError where a method does not take its settings: that takes a process with torch."""
+    if not methods.has_settings:
+        return
+    asked = [sys.executable, "-m", "mmserve.catalogue", str(model_dir)]
+    done = subprocess.run(asked, input=msgspec.json.encode(methods), capture_output=True, check=False)
+    if done.returncode:
+        told = done.stderr.decode(errors="replace").strip().splitlines()
+        raise ConfigError(told[-1] if told else f"Checking the methods ended with {done.returncode}")
+
+
 def serve(config: ServeConfig, *, demo: bool = False) -> int:
     """Serve until a signal; 0 after a drain that was asked for, 1 when a part could not be kept alive."""
     if demo and not (DEMO_HOME / "demo" / "page.py").is_file():
         raise ConfigError("Expected the demo page beside the package, but it is only in a source checkout")
-    deployed_methods(config)
+    methods, model_dir = deployed_methods(config), resolve(config.model)
+    check_settings(methods, model_dir)
     stop = _Stop()
-    model_dir = resolve(config.model)
     with RunDir() as run_dir:
         endpoint, keys = meeting_point(config, run_dir.path)
         directories = [str(directory) for directory in run_dir.directories]

@@ -58,6 +58,7 @@ def prefill_prompt(record: Record, *, hand_off: bool) -> m.PrefillPrompt:
         salt=prompt.salt,
         priority=prompt.priority,
         report_tokens=prompt.report_tokens,
+        report_attention=prompt.report_attention,
     )
 
 
@@ -85,4 +86,5 @@ def decode_from(record: Record) -> m.DecodeFrom:
         slots=prefilled.slots,
         prompt_ids=prompt.token_ids if prompt.sampling.repetition_penalty != 1 else (),
         priority=prompt.priority,
+        methods=prompt.methods,
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmserve.config import WireDtype
 from mmserve.encoders.tiers.storage import restore, shrink, storage_for
+from mmserve.kv.codec import QuantizedExport, pages_of, parts_of
 from mmserve.kv.store import KVExport
 from mmserve.lease import Lease
 from mmserve.tensors import tensors_of, to_numpy
@@ -21,6 +22,7 @@ from mmserve.transfer import LeaseReader, LeaseStore
 from mmserve.wire import Array, TypedArray
 
 _EMBEDDINGS: Final = frozenset({"embeddings", "scale"})
+_PAGES: Final = "pages."  # begins the names of what belongs to quantized pages
 
 
 def embedding_arrays(rows: Tensor, wire_dtype: WireDtype) -> dict[str, TypedArray]:
@@ -49,7 +51,7 @@ def columns_of(lease: Lease) -> Collection[str]:
     return [header.name for header in lease.arrays if header.name not in _EMBEDDINGS]
 
 
-def publish_kv(export: KVExport, leases: LeaseStore, owner: str) -> Lease:
+def publish_kv(export: KVExport | QuantizedExport, leases: LeaseStore, owner: str) -> Lease:
     arrays: dict[str, Array | TypedArray] = {
         "lengths": export.lengths,
         "order": export.order,
@@ -57,16 +59,20 @@ def publish_kv(export: KVExport, leases: LeaseStore, owner: str) -> Lease:
         "k": to_numpy(export.k),
         "v": to_numpy(export.v),
     }
+    if isinstance(export, QuantizedExport):
+        arrays |= {_PAGES + name: to_numpy(part) for name, part in parts_of(export.pages).items()}
     return leases.publish(arrays, owner=owner)
 
 
-def open_kv(lease: Lease, reader: LeaseReader) -> KVExport:
+def open_kv(lease: Lease, reader: LeaseReader) -> KVExport | QuantizedExport:
+    """Which codec has written it is in its types."""
     arrays = reader.open(lease)
     tensors = tensors_of(lease, arrays)
-    return KVExport(
-        lengths=arrays["lengths"].astype(np.int32, copy=False),
-        order=arrays["order"].astype(np.int32, copy=False),
-        position=arrays["position"].astype(np.int32, copy=False),
-        k=tensors["k"],
-        v=tensors["v"],
+    lengths, order, position = (
+        arrays[name].astype(np.int32, copy=False) for name in ("lengths", "order", "position")
     )
+    k, v = tensors["k"], tensors["v"]
+    parts = {name.removeprefix(_PAGES): part for name, part in tensors.items() if name.startswith(_PAGES)}
+    if not parts:
+        return KVExport(lengths=lengths, order=order, position=position, k=k, v=v)
+    return QuantizedExport(lengths=lengths, order=order, position=position, pages=pages_of(parts), k=k, v=v)

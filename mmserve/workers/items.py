@@ -199,10 +199,20 @@ class Work:
                 request_id=command.request_id,
                 attempt=command.attempt,
                 item=command.item,
-                part=m.EncodedPart(lease=lease, tokens=tokens, kept=len(keys), guarded=self.is_guarded),
+                part=m.EncodedPart(
+                    lease=lease,
+                    tokens=tokens,
+                    kept=len(keys),
+                    guarded=self.is_guarded,
+                    frame_tokens=self._frame_tokens,
+                ),
                 whole=self._whole() if is_last else None,
             )
         )
+
+    @property
+    def _frame_tokens(self) -> int:
+        return 0 if self.command.media.modality == "image" else self.tools.geometry.frame_tokens
 
     def _whole(self) -> m.EncodedMedia:
         plan, lost = self.known.plan, self.known.lost

@@ -12,11 +12,12 @@ import time
 import torch
 
 from mmserve import messages as m
-from mmserve.engine.runner import Runner, StepResult
+from mmserve.engine.batch import StepResult
+from mmserve.engine.runner import Runner
 from mmserve.engine.sampler import prompt_logprobs, sample
 from mmserve.engine.scheduler import Chunk, Plan, schedule
 from mmserve.errors import BadRequest
-from mmserve.kv.base import DEFAULT_BUDGET, load_policy
+from mmserve.kv.base import DEFAULT_BUDGET
 from mmserve.kv.table import OutOfPages
 from mmserve.request import FinishReason
 from mmserve.sampling import Logprob, SamplingParams
@@ -24,7 +25,7 @@ from mmserve.transfer import LeaseReader, LeaseStore
 from mmserve.workers.handoff import open_kv, publish_kv
 from mmserve.workers.loop import Reporter, failed
 from mmserve.workers.prompts import GrowingPrompt
-from mmserve.workers.sequences import MAX_RUNNING, Prefill, Prefilled, Sequences, slots_of
+from mmserve.workers.sequences import Prefill, Prefilled, Sequences, slots_of
 
 Choice = tuple[int, dict[int, Logprob] | None]
 Command = m.PrefillPrompt | m.ExtendPrompt | m.DecodeFrom
@@ -57,7 +58,7 @@ class LanguageHandler:
         self._token_budget = token_budget
         self._commands: list[tuple[Command, float]] = []
         self._sequences = Sequences(runner)
-        self.capacity = self._offer(runner.table.num_pages, MAX_RUNNING)
+        self.capacity = self._offer(runner.most_pages, runner.places)
 
     # what can be taken
 
@@ -76,8 +77,8 @@ class LanguageHandler:
         promised = sum(table.pages_for(slots_of(command, budget)) for command, _ in self._commands)
         promised += sequences.promised_pages()
         coming = sum(not isinstance(command, m.ExtendPrompt) for command, _ in self._commands)
-        places = MAX_RUNNING - coming - len(sequences)
-        return self._offer(self._runner.available_pages - promised, places)
+        places = self._runner.places - coming - len(sequences)
+        return self._offer(self._runner.offered_pages - promised, places)
 
     # commands
 
@@ -99,20 +100,21 @@ class LanguageHandler:
         self._reporter.emit(failed(command.request_id, command.attempt, error, what))
 
     def _read(self, command: Command, received_at: float) -> None:
-        sequences, table = self._sequences, self._runner.table
+        sequences, runner = self._sequences, self._runner
         if isinstance(command, m.PrefillPrompt):
             prompt = GrowingPrompt(
                 command,
                 arrived=sequences.arrive(),
                 received_at=received_at,
                 media_tokens=self._media_tokens,
-                num_layers=table.layers,
+                num_layers=runner.table.layers,
                 step_rows=self._token_budget,
                 reader=self._reader,
             )
-            needed = table.pages_for(prompt.slots + prompt.headroom)
-            if needed > table.num_pages:
-                raise OutOfPages(f"Expected a prompt of at most {table.num_pages} KV pages, but got {needed}")
+            needed = runner.table.pages_for(prompt.slots + prompt.headroom)
+            if needed > runner.most_pages:
+                most = runner.most_pages
+                raise OutOfPages(f"Expected a prompt of at most {most} KV pages, but got {needed}")
             sequences.waiting[command.request_id] = prompt
         elif isinstance(command, m.ExtendPrompt):
             self._extend(command)
@@ -141,13 +143,7 @@ class LanguageHandler:
         started_at = time.perf_counter()
         prefill.prompt.load(prefill.rows, self._runner)
         self._runner.advance(prefill.prompt.command.request_id)
-        now = time.perf_counter()
-        prefill.transfer_ms += (now - started_at) * 1e3
-        if prefill.stalled_at is None:
-            prefill.stalled_ms += (now - started_at) * 1e3
-        elif prefill.rows.ready > prefill.rows.done:
-            prefill.stalled_ms += (now - prefill.stalled_at) * 1e3
-            prefill.stalled_at = None
+        prefill.note_loaded(started_at, time.perf_counter())
 
     @torch.inference_mode()
     def _import(self) -> None:
@@ -246,6 +242,7 @@ class LanguageHandler:
         self._sequences.prefills[name] = Prefill(
             prompt=prompt,
             rows=rows,
+            layers=self._runner.table.layers,
             queue_ms=(started_at - prompt.received_at) * 1e3,
             transfer_ms=(transferred_at - started_at) * 1e3,
             started_at=transferred_at,
@@ -357,22 +354,25 @@ class LanguageHandler:
         first = None if command.forced else self._sampled(command, 0, token, logprobs, command.sampling)
         before = runner.kv_bytes_of(len(prompt))
         runner.remember(name, prompt.shared_identity)
-        if command.methods.kv != "none":
-            policy, budget = load_policy(command.methods.kv), command.methods.kv_budget
-            runner.compress(name, policy, DEFAULT_BUDGET if budget is None else budget, prompt.identity)
-            runner.reserve(name, prompt.headroom)  # was given back with what was evicted
+        if prompt.policy is not None:
+            budget = command.methods.kv_budget or DEFAULT_BUDGET
+            runner.compress(name, prompt.policy, budget, prompt.identity)
         after, slots = runner.kv_bytes(name), int(runner.table.lengths(name).max())
+        is_over = first is not None and first.finish is not None
+        if not (command.hand_off or is_over):
+            runner.hold(name, prompt.headroom)
         runner.finish_prompt(name)
         del self._sequences.prefills[name]
         prefilled_at = time.perf_counter()
         lease = None
-        is_over = first is not None and first.finish is not None
         if command.hand_off and not is_over:
             lease = publish_kv(runner.export(name), self._leases, owner=name)
         if command.hand_off or is_over:
             runner.release(name)
         else:
-            identity = prompt.identity if prompt.is_shared else None
+            # the prefix cache holds floats: what answers add to it has to be floats too
+            is_shared = prompt.is_shared and not runner.has_answer_pages
+            identity = prompt.identity if is_shared else None
             self._sequences.prefilled[name] = Prefilled(prompt=prompt, identity=identity)
         self._reporter.emit(
             m.PromptPrefilled(
@@ -385,10 +385,13 @@ class LanguageHandler:
                 slots=slots,
                 kv_bytes=after,
                 kv_bytes_uncompressed=before,
+                kv_bytes_dense=runner.kv_bytes_of(prompt.length),
                 cached_slots=prefill.rows.cached,
-                visual_layer_mean=prefill.visual_layer_mean,
+                visual_by_layer=prefill.visual_by_layer,
                 visual_lasting=prompt.visual_lasting,
                 survivors=prefill.survivors,
+                attention_density=prefill.attention_density,
+                attention=prefill.attention,
                 prompt_logprobs=prefill.prompt_logprobs,
                 queue_ms=prefill.queue_ms,
                 transfer_ms=prefill.transfer_ms + (time.perf_counter() - prefilled_at) * 1e3,

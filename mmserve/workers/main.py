@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from mmserve.config import EmbeddingTiers, Transfer
+from mmserve.config import EmbeddingTiers, KVDtype, Transfer
 from mmserve.errors import ConfigError
 from mmserve.log import setup_logging
 from mmserve.media.limits import MediaLimits
@@ -52,6 +52,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     dtype: str = "auto"
     threads: int = 1
     kv_memory_bytes: int | None = None
+    kv_dtype: KVDtype = "auto"
     gpu_memory_utilization: float = 0.9
     max_num_batched_tokens: int | None = None
     embedding_cache_bytes: int = 256 << 20
@@ -158,28 +159,22 @@ def _language_handler(
 ) -> Handler:
     import torch
 
-    from mmserve.engine.runner import Runner
-    from mmserve.kv.store import PageStore, page_bytes
-    from mmserve.kv.table import PageTable
+    from mmserve.engine.memory import make_runner
     from mmserve.models.chat import ChatFormat
     from mmserve.models.loader import load_decoder
     from mmserve.workers.language import LanguageHandler
 
-    text, chat = checkpoint.text, ChatFormat.from_model_dir(checkpoint.path)
+    chat = ChatFormat.from_model_dir(checkpoint.path)
     decoder, device = load_decoder(checkpoint), torch.device(checkpoint.device)
-    kv_memory = _kv_memory(config, device)
-    one = page_bytes(page_size=config.page_size, head_dim=text.head_dim, dtype=checkpoint.dtype)
-    pages = kv_memory // one
-    if pages < text.layers * text.kv_heads:
-        least = text.layers * text.kv_heads * one
-        raise ConfigError(
-            f"Expected kv_memory of at least {least} bytes, a page of every head, but got {kv_memory}"
-        )
-    runner = Runner(
+    runner = make_runner(
         decoder,
-        PageTable(text.layers, text.kv_heads, pages, config.page_size),
-        PageStore(pages, config.page_size, text.head_dim, checkpoint.dtype, checkpoint.device),
-        device,
+        kv_dtype=config.kv_dtype,
+        memory=_kv_memory(config, device),
+        page_size=config.page_size,
+        dtype=checkpoint.dtype,
+        device=checkpoint.device,
+        prefills=Role.PREFILL in roles,
+        decodes=Role.DECODE in roles,
     )
     return LanguageHandler(
         runner=runner,

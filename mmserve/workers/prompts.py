@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 
 from mmserve import messages as m
 from mmserve.engine.groups import LayerGroups
+from mmserve.engine.probe import rows_after
 from mmserve.engine.rows import PromptRows, first_visual, most_cached, row_after, rows_ready
 from mmserve.engine.runner import Runner
 from mmserve.errors import BadRequest, WireError
+from mmserve.kv.base import KVPolicy, make_policy
 from mmserve.kv.identity import KEY_BYTES, WORDS, Identity, identity_rows
 from mmserve.methods import inner_part
 from mmserve.models.layout import Rows, Walk
@@ -29,6 +31,8 @@ from mmserve.transfer import LeaseReader
 from mmserve.wire import Array
 from mmserve.workers.handoff import columns_of, open_embeddings
 from mmserve.workers.lasting import lasting_of, most_slots
+from mmserve.workers.numbering import FrameNumbers
+from mmserve.workers.patterns import attention_settings, pattern_of, prompt_pattern
 
 MAX_PROMPT_LOGPROBS = 1 << 14  # reported candidates of a prompt: they travel in one message
 
@@ -79,15 +83,25 @@ class GrowingPrompt:
         )
         if self.capacity <= 0:
             raise BadRequest("Expected a prompt of at least one token, but it is empty")
-        self.slots = most_slots(command, step_rows)
+        self.policy = _policy(command.methods)
+        probe = None if self.policy is None else self.policy.probe()
+        self._is_probed = probe is not None
+        self._is_watched = self.policy is not None and self.policy.observer() is not None and probe is None
+        # rows that a probe runs after the prompt lie behind it for a while
+        self.slots = most_slots(command, step_rows) + rows_after(probe, self.capacity)
         self._lasting = lasting_of(command.methods, self.capacity)
         self._token_ids = np.empty(self.capacity, np.int64)
         self._order = np.empty(self.capacity, np.int32)
         self._position = np.empty(self.capacity, np.int32)
         self._is_visual = np.empty(self.capacity, np.bool_)
+        self._item = np.full(self.capacity, -1, np.int32)  # and the frame, of every visual row
+        self._frame = np.full(self.capacity, -1, np.int32)
+        self._patch = np.full(self.capacity, -1, np.int64)  # the item, and where in its frame
+        self._frame_numbers = FrameNumbers()
         self._is_fixed = np.zeros(self.capacity, np.bool_)  # a newline that ends an item, or of a guarded one
         self._identity = np.empty((self.capacity, WORDS), np.uint64)
-        self.reducer = _reducer(command, num_layers)
+        self.pattern = pattern_of(command.methods)
+        self.reducer = _reducer(command, num_layers, self.policy)
         acting = () if self.reducer is None else self.reducer.layers(num_layers)
         self._acts_on_embeddings = acting[:1] == (0,)
         self._acts_between_layers = acting[-1:] > (0,)
@@ -160,8 +174,10 @@ class GrowingPrompt:
         most = self.ready
         if self.is_whole:
             most = most_cached(self.is_visual, is_observed=self.is_observed)
-        # an inner method lets the KV of what follows depend on the question, and needs its hidden states
-        most = min(most, first_visual(self.is_visual)) if self._shares_text_only else most
+        # an inner method lets the KV of what follows depend on the question, and needs its hidden states;
+        # what a KV policy gathers of the rows from there on is not cached
+        if self._shares_text_only or self._is_watched:
+            most = min(most, first_visual(self.is_visual))
         return most if self.until is None else int((self.until[:most] == FOREVER).sum())
 
     def row_after(self, slots: int) -> int:
@@ -170,7 +186,7 @@ class GrowingPrompt:
 
     @property
     def is_observed(self) -> bool:
-        return self._acts_between_layers or self.command.methods.kv != "none"
+        return self._acts_between_layers or (self.policy is not None and self.policy.needs_query)
 
     @property
     def is_shared(self) -> bool:
@@ -235,16 +251,21 @@ class GrowingPrompt:
 
     def _add_part(self, part: m.EncodedPart) -> None:
         arrays = self._reader.open(part.lease, columns_of(part.lease))
+        item, frame = self._walk.item, _column(arrays, "frame")
         rows = self._walk.part(part.tokens, _column(arrays, "source"))
         if self._lasting is not None:
             self._lasting.add(
                 self._rows,
                 rows.order,
-                _column(arrays, "frame"),
+                frame,
                 lambda: open_embeddings(part.lease, self._reader, torch.empty(0)),
             )
         self._add(rows, _column(arrays, "index"), arrays["key"].astype(np.uint8, copy=False), part.lease)
-        self._is_fixed[self._rows - len(rows) : self._rows] = part.guarded
+        here = slice(self._rows - len(rows), self._rows)
+        self._is_fixed[here] = part.guarded
+        self._item[here], self._frame[here] = item, self._frame_numbers.of_part(item, frame)
+        source = _column(arrays, "source").astype(np.int64)
+        self._patch[here] = (item << 32) + (source % part.frame_tokens if part.frame_tokens else source)
 
     def _add(
         self, rows: Rows, held: NDArray[np.integer[Any]], keys: NDArray[np.uint8], lease: m.Lease | None
@@ -265,12 +286,23 @@ class GrowingPrompt:
         self._rows, self._known = stop, None
 
     def _check_inner(self) -> None:
+        if self.reducer is not None and self._is_probed:
+            raise BadRequest(
+                f"Expected no prune {self.command.methods.prune} with kv {self.command.methods.kv}, "
+                "which runs rows after the prompt through all layers"
+            )
         asked = self.command.sampling.prompt_logprobs
         if asked is not None and self.reducer is not None:
             raise BadRequest(
-                f"Expected no prompt_logprobs with prune {self.command.methods.prune}, but got {asked}: "
+                f"Expected no prompt_logprobs with {self._reduces}, but got {asked}: "
                 "not every token passes all layers"
             )
+
+    @property
+    def _reduces(self) -> str:
+        """Which method thins out tokens inside the model."""
+        methods = self.command.methods
+        return f"prune {methods.prune}" if inner_part(methods) is not None else f"kv {methods.kv}"
 
     def _check_logprobs(self) -> None:
         asked = self.command.sampling.prompt_logprobs
@@ -295,6 +327,8 @@ class GrowingPrompt:
             is_visual=self.is_visual,
             most_slots=self.slots,
             groups=groups,
+            pattern=prompt_pattern(self.command, self.pattern, self.capacity, runner),
+            observer=self.policy.observer() if self.policy is not None and self._is_watched else None,
             is_whole=False,
             is_observed=self.is_observed,
             wants_logits=self.wants_logits,
@@ -312,18 +346,31 @@ class GrowingPrompt:
                 rows.embeddings[start:stop] = open_embeddings(lease, self._reader, rows.embeddings)
         self._loaded = len(self._pieces)
         rows.order, rows.position, rows.is_visual = self.order, self.position, self.is_visual
+        rows.item, rows.frame = self._item[: self._rows], self._frame[: self._rows]
         rows.until = self.until
         rows.is_reducible = self.is_visual & ~self._is_fixed[: self._rows]
+        rows.patch = self._patch[: self._rows]
         rows.is_whole = self.is_whole
 
 
-def _reducer(command: m.PrefillPrompt, num_layers: int) -> InnerReducer | None:
+def _reducer(command: m.PrefillPrompt, num_layers: int, policy: KVPolicy | None) -> InnerReducer | None:
     """The method that acts inside the model, where there is anything to act on."""
     inner = inner_part(command.methods)
-    if inner is None or not command.items:
+    own = None if policy is None else policy.reducer()
+    if not command.items:
         return None
-    reducer = make_reducer(inner.name, inner.keep, **inner.options)
-    return reducer if reducer.layers(num_layers) else None
+    if inner is not None and own is not None:
+        raise BadRequest(
+            f"Expected no prune {command.methods.prune} with kv {command.methods.kv}, since both act inside "
+            "the model"
+        )
+    reducer = own if inner is None else make_reducer(inner.name, inner.keep, **inner.options)
+    return reducer if reducer is not None and reducer.layers(num_layers) else None
+
+
+def _policy(methods: Methods) -> KVPolicy | None:
+    """What chooses which KV stays; raises BadRequest where its settings are wrong."""
+    return None if methods.kv == "none" else make_policy(methods.kv, **methods.kv_options)
 
 
 def _column(arrays: dict[str, Array], name: str) -> NDArray[np.int32]:
@@ -333,4 +380,4 @@ def _column(arrays: dict[str, Array], name: str) -> NDArray[np.int32]:
 def _settings(methods: Methods) -> bytes:
     """What changes the KV of a prompt before a KV policy acts, but for what the keys of its media tell."""
     pruning = f"{methods.prune} {inner_part(methods)} {sorted(methods.prune_options.items())}"
-    return f"{pruning} {methods.attention} {methods.kv_dtype}".encode()
+    return f"{pruning} {attention_settings(methods)} {methods.kv_dtype}".encode()

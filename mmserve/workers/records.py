@@ -186,16 +186,21 @@ class Record:
 
     def usage(self) -> Usage:
         visual = sum(item.tokens for item in self.items)
+        by_layer = self.prefilled.visual_by_layer if self.prefilled else ()
         return Usage(
             prompt_tokens=len(self.submitted.token_ids) - len(self.items) + visual,
             completion_tokens=len(self.tokens),
             cached_tokens=self.prefilled.cached_slots if self.prefilled else 0,
             visual_tokens=visual,
             visual_tokens_kept=self.visual_kept,
-            visual_tokens_layer_mean=self.prefilled.visual_layer_mean if self.prefilled else 0.0,
+            visual_tokens_layer_mean=sum(by_layer) / len(by_layer) if by_layer else 0.0,
+            visual_tokens_by_layer=by_layer if len(set(by_layer)) > 1 else (),
             visual_tokens_cached=sum(item.whole.cached_tokens for item in self.items if item.whole),
             kv_bytes=self.prefilled.kv_bytes if self.prefilled else 0,
             kv_bytes_uncompressed=self.prefilled.kv_bytes_uncompressed if self.prefilled else 0,
+            kv_bytes_dense=self.prefilled.kv_bytes_dense if self.prefilled else 0,
+            attention_density=self.prefilled.attention_density if self.prefilled else (),
+            attention_recall=probed.recall if (probed := self.prefilled and self.prefilled.attention) else (),
         )
 
     def timings(self) -> Timings:

@@ -11,18 +11,19 @@ from itertools import count
 import numpy as np
 
 from mmserve import messages as m
+from mmserve.attention.base import make_pattern
+from mmserve.attention.selection import Quest
 from mmserve.engine.rows import DecodeRow, PromptRows
 from mmserve.engine.runner import Runner
 from mmserve.engine.sampler import Row
 from mmserve.engine.scheduler import Decoding, EngineState, Prefilling, Waiting
 from mmserve.kv.identity import Identity
 from mmserve.pruning.carriers import FOREVER
+from mmserve.request import AttentionReport, Methods
 from mmserve.sampling import Logprob
 from mmserve.workers.lasting import most_slots
 from mmserve.workers.prompts import GrowingPrompt
 from mmserve.workers.survivors import MAX_REPORTED
-
-MAX_RUNNING = 64
 
 
 @dataclass(slots=True, kw_only=True)
@@ -31,6 +32,7 @@ class Prefill:
 
     prompt: GrowingPrompt
     rows: PromptRows
+    layers: int  # of the model
     queue_ms: float
     transfer_ms: float
     started_at: float
@@ -38,6 +40,15 @@ class Prefill:
     stalled_ms: float = 0.0  # or reads what has come
     # by index in the uncompressed prompt, when asked for
     logprobs: dict[int, dict[int, Logprob]] = field(default_factory=dict)
+
+    def note_loaded(self, started_at: float, now: float) -> None:
+        """More of it was read meanwhile."""
+        self.transfer_ms += (now - started_at) * 1e3
+        if self.stalled_at is None:
+            self.stalled_ms += (now - started_at) * 1e3
+        elif self.rows.ready > self.rows.done:
+            self.stalled_ms += (now - self.stalled_at) * 1e3
+            self.stalled_at = None
 
     @property
     def prompt_logprobs(self) -> tuple[dict[int, Logprob] | None, ...] | None:
@@ -47,10 +58,24 @@ class Prefill:
         return tuple(self.logprobs.get(place) for place in range(self.prompt.length))
 
     @property
-    def visual_layer_mean(self) -> float:
-        """Visual rows of a finished prompt in a layer, mean over layers."""
+    def visual_by_layer(self) -> tuple[int, ...]:
+        """Visual rows of a finished prompt in each layer."""
         groups = self.rows.groups
-        return float(self.prompt.is_visual.sum()) if groups is None else groups.visual_layer_mean
+        if groups is not None:
+            return groups.visual_by_layer
+        return (int(self.prompt.is_visual.sum()),) * self.layers
+
+    @property
+    def attention_density(self) -> tuple[float, ...]:
+        """Of every layer of a finished prompt."""
+        pattern = self.rows.pattern
+        return (1.0,) * self.layers if pattern is None else pattern.density(self.layers)
+
+    @property
+    def attention(self) -> AttentionReport | None:
+        """What the pattern of a finished prompt has lost; None where nobody asks."""
+        probe = None if self.rows.pattern is None else self.rows.pattern.probe
+        return None if probe is None else AttentionReport(**probe.found(self.layers)._asdict())
 
     @property
     def survivors(self) -> bytes | None:
@@ -78,12 +103,14 @@ class Decode:
     arrived: int
     tokens: list[int]
     identity: Identity | None
+    selector: Quest | None = None
     fed: int = 0
 
     @property
     def row(self) -> DecodeRow:
         start = self.command
-        return DecodeRow(self.tokens[self.fed], start.next_order + self.fed, start.next_position + self.fed)
+        order, position = start.next_order + self.fed, start.next_position + self.fed
+        return DecodeRow(self.tokens[self.fed], order, position, self.selector)
 
 
 class Sequences:
@@ -99,7 +126,7 @@ class Sequences:
         self.decodes: dict[str, Decode] = {}
 
     def __len__(self) -> int:
-        return len(self.waiting) + len(self.imports) + self._runner.table.num_sequences
+        return len(self.waiting) + len(self.imports) + self._runner.answers.num_sequences
 
     def arrive(self) -> int:
         """The number of the next one to come."""
@@ -131,16 +158,18 @@ class Sequences:
             arrived=self.arrive() if before is None else before.prompt.arrived,
             tokens=list(command.tokens),
             identity=None if before is None else before.identity,
+            selector=_selector(command.methods),
         )
 
     def imports_in_turn(self) -> list[m.DecodeFrom]:
         """Those whose pages are there, and all that running answers need next; a later one waits behind."""
-        table = self._runner.table
-        left = self._runner.available_pages - sum(table.missing_pages(name, 1) for name in self.decodes)
-        turn = []
+        runner, table = self._runner, self._runner.answers
+        left = runner.available_answer_pages - sum(table.missing_pages(name, 1) for name in self.decodes)
+        places = runner.places - table.num_sequences
+        turn: list[m.DecodeFrom] = []
         for command in sorted(self.imports.values(), key=lambda command: command.priority):
             left -= table.pages_for(import_slots(command))
-            if left < 0:
+            if left < 0 or len(turn) == places:
                 break
             turn.append(command)
         return turn
@@ -153,7 +182,7 @@ class Sequences:
 
     def state(self, token_budget: int) -> EngineState:
         """What the scheduler decides on."""
-        table = self._runner.table
+        runner, table = self._runner, self._runner.answers
         return EngineState(
             waiting=tuple(self._not_held_back()),
             prefilling=(
@@ -169,13 +198,14 @@ class Sequences:
                     priority=decode.command.priority,
                     arrived=decode.arrived,
                     grow=table.missing_pages(name, 1),
-                    pages=self._runner.pages_freed_by(name),
+                    pages=runner.answer_pages_freed_by(name),
                 )
                 for name, decode in self.decodes.items()
             ),
-            free_pages=self._runner.available_pages,
-            places=MAX_RUNNING,
+            free_pages=runner.available_pages,
+            places=runner.places,
             token_budget=token_budget,
+            free_answer_pages=runner.available_answer_pages if runner.has_answer_pages else None,
         )
 
     def _admitted(self, name: str, prompt: GrowingPrompt, done: int, ready: int) -> Prefilling:
@@ -186,6 +216,7 @@ class Sequences:
             done=done,
             ready=ready,
             pages=self._runner.pages_freed_by(name),
+            answer_pages=self._runner.answer_pages_freed_by(name) if self._runner.has_answer_pages else 0,
         )
 
     def _not_held_back(self) -> list[Waiting]:
@@ -195,6 +226,7 @@ class Sequences:
         going_on = []
         for name, prompt in turn:
             cached, busy = self._runner.cached(prompt.identity, prompt.most_cached)
+            pages, answer_pages = self._runner.prompt_pages(prompt.slots, prompt.headroom)
             if any(self._is_worth_waiting_for(prompt, cached, *other) for other in ahead):
                 continue
             done = prompt.row_after(cached)
@@ -208,7 +240,8 @@ class Sequences:
                     arrived=prompt.arrived,
                     done=done,
                     ready=prompt.ready,
-                    pages=self._runner.table.pages_for(prompt.slots + prompt.headroom) - busy,
+                    pages=pages - busy,
+                    answer_pages=answer_pages,
                 )
             )
         return going_on
@@ -245,6 +278,15 @@ class Sequences:
 
 def _turn(prompt: GrowingPrompt) -> tuple[int, int]:
     return prompt.command.priority, prompt.arrived
+
+
+def _selector(methods: Methods) -> Quest | None:
+    """What says which pages an answer reads; None where it reads all."""
+    if methods.attention != Quest.name:
+        return None
+    found = make_pattern(methods.attention, **methods.attention_options)
+    assert isinstance(found, Quest), "so it is registered"
+    return found
 
 
 def slots_of(command: m.PrefillPrompt | m.ExtendPrompt | m.DecodeFrom, step_rows: int) -> int:

@@ -60,6 +60,7 @@ def worker_configs(
             dtype=config.dtype,
             threads=threads,
             kv_memory_bytes=config.cache.kv_memory_bytes,
+            kv_dtype=config.methods.kv_dtype,
             gpu_memory_utilization=_gpu_share(config),
             max_num_batched_tokens=config.max_num_batched_tokens,
             embedding_cache_bytes=config.cache.embedding_cache_bytes,

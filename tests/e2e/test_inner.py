@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import msgspec
@@ -10,9 +11,11 @@ import pytest
 from mmserve.errors import BadRequest
 from mmserve.evaluation.suites import Example
 from mmserve.llm import LLM
-from mmserve.methods import INNER
-from mmserve.request import Methods, RequestOutput
+from mmserve.methods import INNER, WITH_WEIGHTS
+from mmserve.models.resolve import resolve
+from mmserve.request import Methods, Option, RequestOutput
 from mmserve.sampling import SamplingParams
+from tests.pruning.predictors import HEADS, write_predictor
 
 from .conftest import Conversation, ask
 
@@ -30,15 +33,34 @@ def tokens(outputs: list[RequestOutput]) -> list[tuple[int, ...]]:
     return [output.outputs[0].token_ids for output in outputs]
 
 
-def test_to_keep_everything_is_to_answer_as_ever(llm: LLM, asked: list[Conversation]) -> None:
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Of a made-up predictor for the embedded model."""
+    config = json.loads((resolve("tiny") / "config.json").read_text(encoding="utf-8"))
+    hidden = config["text_config"]["hidden_size"]
+    return write_predictor(tmp_path_factory.mktemp("weights") / "predictor.safetensors", hidden)
+
+
+def methods_of(prune: str, keep: float, weights: str) -> Methods:
+    name = prune.rpartition("+")[2]
+    before = f"{name}." if name != prune else ""
+    options: dict[str, Option] = {}
+    if name in WITH_WEIGHTS:
+        options = {f"{before}weights": weights, f"{before}heads": HEADS}
+    return Methods(prune=prune, keep=keep, prune_options=options)
+
+
+def test_to_keep_everything_is_to_answer_as_ever(llm: LLM, asked: list[Conversation], weights: str) -> None:
     dense = tokens(llm.chat(asked, PARAMS))
     for name in INNER:
-        assert tokens(llm.chat(asked, PARAMS, methods=Methods(prune=name))) == dense
+        assert tokens(llm.chat(asked, PARAMS, methods=methods_of(name, 1.0, weights))) == dense
 
 
 @pytest.mark.parametrize("prune", [*INNER, *(f"holitom+{name}" for name in INNER)])
-def test_three_processes_answer_as_one(llm: LLM, epd: LLM, asked: list[Conversation], prune: str) -> None:
-    methods = Methods(prune=prune, keep=0.5)
+def test_three_processes_answer_as_one(
+    llm: LLM, epd: LLM, asked: list[Conversation], weights: str, prune: str
+) -> None:
+    methods = methods_of(prune, 0.5, weights)
     here, there = (side.chat(asked, PARAMS, methods=methods) for side in (llm, epd))
     assert tokens(here) == tokens(there)
     # another time, with others: what is cached must change nothing

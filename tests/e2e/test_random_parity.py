@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from _pytest.mark import ParameterSet
 
+from mmserve.engine.batch import StepResult
 from mmserve.engine.rows import DecodeRow
-from mmserve.engine.runner import Runner, StepResult
+from mmserve.engine.runner import Runner
 from mmserve.engine.scheduler import Plan
 from mmserve.llm import LLM
 from mmserve.request import SEGMENT_FRAMES, RequestOutput

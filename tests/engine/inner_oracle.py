@@ -5,7 +5,7 @@ The answer's rows run behind the prompt's: attention is causal, so they change n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ class Seen:
     attention: Tensor | None
     visual: list[int]  # rows
     reducible: list[int]  # of these, without newlines
+    patch: list[int]
     entered: int
     stage: int
     stages: int
@@ -37,53 +38,72 @@ Drop = Callable[[Seen], tuple[list[int], Tensor]]
 class Reduced:
     logits: Tensor  # [V] after the last row
     lengths: list[int]  # rows of the prompt in every layer
+    places: list[int]  # of the rows that pass the last layer
 
 
 @dataclass(frozen=True, slots=True)
 class Laid:
-    """A prompt: what its rows hold, where they stood, which of them are visual and which may be dropped."""
+    """A prompt: what its rows hold, where they stood, which of them are visual and which may be dropped.
+
+    `patch` is as in `InnerView`, -1 for text.
+    """
 
     embeddings: Tensor  # [n, D]
     places: list[int]
     visual: list[int]
     reducible: list[int]
+    patch: list[int]
 
 
-def run(decoder: TextDecoder, laid: Laid, answered: Tensor, drops: Mapping[int, Drop]) -> Reduced:
-    """One pass over a prompt and the embeddings [m, D] of what was answered to it."""
+def run(
+    decoder: TextDecoder,
+    laid: Laid,
+    answered: Tensor,
+    drops: Mapping[int, Drop],
+    gone: Sequence[int] = (),
+) -> Reduced:
+    """One pass over a prompt and the embeddings [m, D] of what was answered to it.
+
+    Before anything is dropped the answer does not see the rows `gone`.
+    """
     config = decoder.config
     frequencies = rope_frequencies_on(answered.device, config.head_dim, config.rope_theta)
     x, prompt = torch.cat([laid.embeddings, answered]), len(laid.embeddings)
     after = laid.places[-1] + 1
     positions = torch.tensor([*laid.places, *range(after, after + len(answered))])
-    visual, reducible = laid.visual, laid.reducible
+    visual, reducible, patch = laid.visual, laid.reducible, laid.patch
     attention: Tensor | None = None
     entered, stage, lengths = len(reducible), 0, []
     for index in range(config.layers):
         if index in drops:
             inside = None if attention is None else attention[:, :prompt, :prompt]
-            seen = Seen(x[:prompt], inside, visual, reducible, entered, stage, len(drops))
+            seen = Seen(x[:prompt], inside, visual, reducible, patch, entered, stage, len(drops))
             rows, hidden = drops[index](seen)
             x = torch.cat([hidden, x[prompt:]])
             kept = torch.tensor([*rows, *range(prompt, len(positions))])
             positions = positions[kept]
             visual = [at for at, row in enumerate(rows) if row in visual]
             reducible = [at for at, row in enumerate(rows) if row in reducible]
+            patch = [patch[row] for row in rows]
             prompt, stage = len(rows), stage + 1
         lengths.append(prompt)
         cos, sin = rope_angles(positions, frequencies, x.dtype)
         paid: list[Tensor] = []
-        x = decoder.layers[index](x, cos, sin, index, _attend(paid))
+        unseen = [] if stage else list(gone)
+        x = decoder.layers[index](x, cos, sin, index, _attend(paid, prompt, unseen))
         attention = paid[0]
-    return Reduced(decoder.logits(decoder.norm(x))[-1], lengths)
+    return Reduced(decoder.logits(decoder.norm(x))[-1], lengths, positions[:prompt].tolist())
 
 
-def _attend(paid: list[Tensor]) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
+def _attend(
+    paid: list[Tensor], prompt: int, unseen: list[int]
+) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
         causal = torch.ones(len(q), len(q), dtype=torch.bool).tril()
+        causal[prompt:, unseen] = False
         weights = scores.masked_fill(~causal, -torch.inf).softmax(-1)
         paid.append(weights)
         return torch.einsum("hqk,khd->qhd", weights, v)
@@ -93,13 +113,20 @@ def _attend(paid: list[Tensor]) -> Callable[[int, Tensor, Tensor, Tensor], Tenso
 
 @torch.inference_mode()
 def answer(
-    decoder: TextDecoder, laid: Laid, count: int, drops: Mapping[int, Drop]
+    decoder: TextDecoder, laid: Laid, count: int, drops: Mapping[int, Drop], *, drops_below: bool = False
 ) -> tuple[list[int], list[int]]:
-    """Greedy tokens, and how many rows of the prompt every layer has."""
+    """Greedy tokens, and how many rows of the prompt every layer has.
+
+    With `drops_below` the answer sees in no layer what was dropped.
+    """
+    gone: list[int] = []
+    if drops_below:
+        left = run(decoder, laid, decoder.embed(torch.empty(0, dtype=torch.long)), drops).places
+        gone = [row for row, place in enumerate(laid.places) if place not in left]
     tokens: list[int] = []
     for _ in range(count):
         answered = decoder.embed(torch.tensor(tokens, dtype=torch.long))
-        found = run(decoder, laid, answered, drops)
+        found = run(decoder, laid, answered, drops, gone)
         tokens.append(int(found.logits.argmax()))
     return tokens, found.lengths
 
@@ -126,11 +153,11 @@ def last_row(seen: Seen) -> Tensor:
 class _View(InnerView):
     """What a method sees, with the attention of the plain pass."""
 
-    paid: Tensor | None
+    paid: Tensor | None  # [Hq, m, n]
 
-    def attention(self, last: int | None = None) -> Tensor:
+    def head_attention(self, last: int | None = None) -> Tensor:
         assert self.paid is not None, "there is no attention at layer 0"
-        return self.paid if last is None else self.paid[-last:]
+        return self.paid if last is None else self.paid[:, -last:]
 
 
 def by_method(reducer: InnerReducer) -> Drop:
@@ -148,8 +175,9 @@ def by_method(reducer: InnerReducer) -> Drop:
             hidden=seen.hidden[first:],
             is_visual=torch.isin(places, torch.tensor(seen.visual)),
             is_reducible=torch.isin(places, torch.tensor(seen.reducible)),
+            patch=torch.tensor(seen.patch[first:]),
             memory=memory[0] if seen.stage else None,
-            paid=None if seen.attention is None else seen.attention.mean(0)[observed:, first:],
+            paid=None if seen.attention is None else seen.attention[:, observed:, first:],
         )
         rows, hidden, memory[0] = reducer.reduce(view)
         return [*range(first), *(rows + first).tolist()], torch.cat([seen.hidden[:first], hidden])

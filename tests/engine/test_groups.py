@@ -12,23 +12,26 @@ from torch import Tensor
 from mmserve import messages as m
 from mmserve.attention.backend import ATTENTION
 from mmserve.attention.cuda import CudaAttention
-from mmserve.attention.paged import PagedAttention, SequenceRows
+from mmserve.attention.paged import PagedAttention, SequenceRows, Watch
 from mmserve.kv.store import PageStore
 from mmserve.kv.table import PageTable
-from mmserve.methods import INNER
+from mmserve.methods import INNER, WITH_WEIGHTS
 from mmserve.models.decoder import TextDecoder
 from mmserve.pruning.base import exact_count
 from mmserve.pruning.inner import make_reducer
-from mmserve.request import Methods
+from mmserve.request import Methods, Option
 from mmserve.sampling import SamplingParams
 from mmserve.tensors import tensors_of
 from mmserve.transfer import open_lease
 from tests.engine.inner_oracle import Laid, answer, by_method, drop_by, last_row
-from tests.workers.fakes import BOTH, IMAGE, VIDEO, Engine, tiny_decoder, whole
+from tests.pruning.predictors import HEADS, write_predictor
+from tests.workers.fakes import BOTH, IMAGE, VIDEO, WIDTH, Engine, tiny_decoder, whole
 
 LONG = SamplingParams(max_tokens=8, ignore_eos=True)
 PROMPT = (1, 2, 6, 9, 4, VIDEO, 3, IMAGE, 4, 5)
 LAYERS = 4
+# so that the random rows of these tests are merged
+SETTINGS: dict[str, dict[str, Option]] = {"framefusion_m": {"similarity": 0.1}}
 UNLIMITED = 1 << 20
 
 
@@ -38,34 +41,41 @@ def decoder() -> TextDecoder:
 
 def media(engine: Engine) -> tuple[m.PromptItem, ...]:
     """A video in two parts, some of it lost to an encoder-side method, and an image."""
-    first, second = engine.part(9, [0, 2, 3, 8], seed=1), engine.part(14, seed=1, first=9)
+    first = engine.part(9, [0, 2, 3, 8], seed=1, frame_tokens=3)
+    second = engine.part(14, seed=1, first=9, frame_tokens=3)
     return whole(first, second), engine.item(5, seed=2)
 
 
 def laid_out(engine: Engine, directory: Path) -> Laid:
     """The prompt as its rows."""
-    items, rows, visual, reducible = iter(media(engine)), list[Tensor](), list[int](), list[int]()
-    places, length = list[int](), 0
+    items, rows, visual, reducible = enumerate(media(engine)), list[Tensor](), list[int](), list[int]()
+    places, patch, length = list[int](), list[int](), 0
     for token in PROMPT:
         if token not in (VIDEO, IMAGE):
             rows.append(engine.runner.embed([token]))
             places.append(length)
+            patch.append(-1)
             length += 1
             continue
         start = sum(map(len, rows))
-        for part in next(items).parts:
+        number, item = next(items)
+        for part in item.parts:
             arrays = open_lease(part.lease, [directory])
+            source = arrays["source"].astype(int)
             rows.append(tensors_of(part.lease, arrays)["embeddings"])
-            places += (arrays["source"].astype(int) + length).tolist()
+            places += (source + length).tolist()
+            patch += (1000 * number + source % (part.frame_tokens or 1000)).tolist()
             length += part.tokens
         stop = sum(map(len, rows))
         visual += range(start, stop)
         reducible += range(start, stop - 1)
-    return Laid(torch.cat(rows), places, visual, reducible)
+    return Laid(torch.cat(rows), places, visual, reducible, patch)
 
 
-def finish(engine: Engine, prune: str, keep: float, *, kv: str = "none") -> list[int]:
-    methods = Methods(prune=prune, keep=keep, kv=kv, kv_budget=0.5)
+def finish(
+    engine: Engine, prune: str, keep: float, *, kv: str = "none", options: dict[str, Option] | None = None
+) -> list[int]:
+    methods = Methods(prune=prune, keep=keep, kv=kv, kv_budget=0.5, prune_options=options or {})
     engine.prefill("r", PROMPT, media(engine), sampling=LONG, methods=methods)
     engine.prefill("other", (9, 8, 7, 6, 5, 4), sampling=LONG)
     engine.prefill("video", (VIDEO, 3), media(engine)[:1], sampling=LONG)
@@ -94,8 +104,8 @@ def test_fastv_in_chunks_equals_one_plain_pass(tmp_path: Path, budget: int, keep
     assert event.next_position == event.next_order == laid.places[-1] + 1
     per_slot = event.kv_bytes_uncompressed // (LAYERS * event.slots)
     assert event.kv_bytes == sum(lengths) * per_slot
-    visual = [length - len(PROMPT) + 2 for length in lengths]
-    assert event.visual_layer_mean == sum(visual) / LAYERS
+    assert event.visual_by_layer == tuple(length - len(PROMPT) + 2 for length in lengths)
+    assert event.kv_bytes_dense == per_slot * LAYERS * event.next_order
     others = Engine(tmp_path, decoder=decoder())
     finish(others, "none", 1.0)
     for name in ("other", "video"):
@@ -109,13 +119,27 @@ def test_every_method_in_chunks_equals_one_plain_pass(
     tmp_path: Path, name: str, budget: int, layers: int
 ) -> None:
     engine = Engine(tmp_path, decoder=tiny_decoder(layers=layers), token_budget=budget)
-    reducer = make_reducer(name, 0.3)
+    options: dict[str, Option] = dict(SETTINGS.get(name, {}))
+    if name in WITH_WEIGHTS:
+        options = {"weights": write_predictor(tmp_path / "p.safetensors", WIDTH), "heads": HEADS}
+    reducer = make_reducer(name, 0.3, **options)
     drops = dict.fromkeys(reducer.layers(layers), by_method(reducer))
     laid = laid_out(engine, tmp_path)
-    expected, lengths = answer(tiny_decoder(layers=layers), laid, LONG.max_tokens, drops)
-    assert finish(engine, name, 0.3) == expected
+    expected, lengths = answer(
+        tiny_decoder(layers=layers), laid, LONG.max_tokens, drops, drops_below=reducer.drops_below
+    )
+    assert finish(engine, name, 0.3, options=options) == expected
     text = len(PROMPT) - 2
-    assert prefilled(engine).visual_layer_mean * layers == pytest.approx(sum(lengths) - text * layers)
+    assert prefilled(engine).visual_by_layer == tuple(length - text for length in lengths)
+
+
+def test_what_prunevid_drops_leaves_the_layers_below_as_well(tmp_path: Path) -> None:
+    engine = Engine(tmp_path, decoder=decoder(), token_budget=7)
+    finish(engine, "prunevid_m", 0.3)
+    event, text = prefilled(engine), len(PROMPT) - 2
+    assert event.visual_by_layer == (23, 8, 8, 8), "the first layer has run all of them"
+    assert event.slots == text + 2 + 6, "21 can be dropped"
+    assert event.kv_bytes * (text + 23) == event.kv_bytes_uncompressed * event.slots
 
 
 @pytest.mark.parametrize("budget", [1, 7, 64, UNLIMITED])
@@ -126,7 +150,7 @@ def test_to_keep_everything_is_to_reduce_nothing(tmp_path: Path, budget: int, kv
     assert finish(engine, "fastv", 1.0, kv=kv) == finish(dense, "none", 1.0, kv=kv)
     for name in ("slots", "kv_bytes", "kv_bytes_uncompressed", "next_order", "next_position"):
         assert getattr(prefilled(engine), name) == getattr(prefilled(dense), name)
-    assert prefilled(engine).visual_layer_mean == prefilled(dense).visual_layer_mean == 23
+    assert prefilled(engine).visual_by_layer == prefilled(dense).visual_by_layer == (23,) * LAYERS
 
 
 @pytest.mark.parametrize("kv", ["snapkv", "random"])
@@ -171,9 +195,10 @@ def test_prompts_that_pass_the_same_layers_go_together(tmp_path: Path) -> None:
         batch: Sequence[SequenceRows],
         observe: Mapping[str, Sequence[int]] | None = None,
         layers: range | None = None,
+        watch: Sequence[Watch] = (),
     ) -> PagedAttention:
         passes.append((layers, [rows.sequence for rows in batch]))
-        return attend(table, store, batch, observe, layers)
+        return attend(table, store, batch, observe, layers, watch)
 
     engine.runner.attention = counted  # type: ignore[assignment]  # what it makes is the same
     for name, (prune, keep) in asked.items():

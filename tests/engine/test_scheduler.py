@@ -170,3 +170,36 @@ def test_a_large_prompt_gets_its_turn_among_ever_new_small_ones() -> None:
         ends |= dict.fromkeys(plan.admit, now + 3)
         queue = [prompt for prompt in queue if prompt.sequence not in plan.admit]
     raise AssertionError("the large prompt starves")
+
+
+# answers with pages of their own
+
+
+def apart(*sequences: Waiting | Prefilling | Decoding, free: int, answers: int) -> EngineState:
+    return state(*sequences, free=free)._replace(free_answer_pages=answers)
+
+
+def test_a_prompt_needs_pages_of_both_kinds() -> None:
+    prompt = waiting("p", 0, pages=4)._replace(answer_pages=6)
+    assert schedule(apart(prompt, free=4, answers=6)).admit == ("p",)
+    assert schedule(apart(prompt, free=3, answers=9)).admit == ()
+    assert schedule(apart(prompt, free=9, answers=5)).admit == ()
+
+
+def test_answers_grow_in_their_own_pages_only() -> None:
+    answers = decoding("a", 0, grow=2, pages=5), decoding("b", 1, grow=2, pages=5)
+    assert schedule(apart(*answers, free=0, answers=4)).decodes == ("a", "b")
+    plan = schedule(apart(*answers, free=100, answers=3))
+    assert (plan.decodes, plan.preempt) == (("a",), ("b",))
+
+
+def test_a_preempted_prompt_frees_both_kinds_and_an_answer_its_own() -> None:
+    running = decoding("a", 0, grow=2, pages=5), prefilling("p", 1, pages=7)._replace(answer_pages=3)
+    plan = schedule(apart(*running, free=0, answers=0))
+    assert (plan.decodes, plan.preempt) == (("a",), ("p",))
+    urgent = waiting("u", 2, pages=7, priority=-1)._replace(answer_pages=3)
+    plan = schedule(apart(*running, urgent, free=0, answers=2))
+    assert (plan.admit, plan.preempt) == (("u",), ("p",))
+    # what an answer gives back is of no use to a prompt that lacks pages for prompts
+    plan = schedule(apart(decoding("a", 0, pages=50), urgent, free=6, answers=3))
+    assert (plan.admit, plan.preempt) == ((), ())

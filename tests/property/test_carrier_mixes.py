@@ -54,7 +54,7 @@ def make_jobs(rng: random.Random, engine: Engine) -> list[Job]:
             sampling=SamplingParams(max_tokens=rng.choice([1, 8, 80, 80]), ignore_eos=True),
             methods=Methods(
                 prune=prune,
-                kv=rng.choice(["none", "none", "snapkv", "random"]),
+                kv=rng.choice(["none", "none", "snapkv", ("random", "h2o", "laq")[index % 3]]),
                 kv_budget=0.5,
             ),
             priority=rng.choice([0, 0, 0, 1]),

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from mmserve import messages as m
-from mmserve.methods import INNER
+from mmserve.methods import INNER, WITH_WEIGHTS
 from mmserve.request import Methods
 from mmserve.sampling import Logprob, SamplingParams
 from tests.workers.fakes import IMAGE, VIDEO, Engine, whole
@@ -59,8 +59,9 @@ def make_jobs(rng: random.Random, engine: Engine) -> list[Job]:
             ignore_eos=rng.random() < 0.8,
             repetition_penalty=rng.choice([1.0, 1.0, 1.3]),
         )
-        kv = rng.choice(["none", "none", "none", "snapkv", "random"])
-        prune = rng.choice(["none", "none", *INNER])
+        kv = rng.choice(["none", "none", "none", "snapkv", "another"])
+        kv = ("random", "h2o", "adakv", "look_m")[index % 4] if kv == "another" else kv
+        prune = rng.choice(["none", "none", *sorted(set(INNER) - set(WITH_WEIGHTS))])
         command = m.PrefillPrompt(
             request_id=f"r{index}",
             attempt=0,

@@ -313,6 +313,7 @@ def _prefilled(record: Record) -> PromptPrefilled:
         slots=0,
         kv_bytes=1000,
         kv_bytes_uncompressed=4000,
+        attention_density=(1.0, 0.5),
         queue_ms=0.3,
         transfer_ms=0.2,
         prefill_ms=6.0,

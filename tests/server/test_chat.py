@@ -13,7 +13,7 @@ from mmserve.errors import MediaError
 from mmserve.request import MediaOptions
 from tests.server.fakes import ANSWER, VIDEO, FakePipeline, RunningServer, ask, events, running_server
 
-REPORT_KEYS = {"finish_reason", "usage", "media", "timings_ms", "methods"}
+REPORT_KEYS = {"finish_reason", "usage", "attention_density", "media", "timings_ms", "methods"}
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +138,10 @@ def test_which_tokens_survive_is_asked_of_the_pipeline() -> None:
     pipeline = FakePipeline()
     with running_server(pipeline=pipeline) as server:
         for own in ({"report": True, "report_tokens": True}, {"report_tokens": True}, {"report": True}):
-            ask(server, mmserve=own)
-    assert [prompt.report_tokens for prompt in pipeline.prompts] == [True, False, False]
+            assert "mmserve" in ask(server, mmserve=own).json()["usage"], (
+                "to ask for tokens is to ask for a report"
+            )
+    assert [prompt.report_tokens for prompt in pipeline.prompts] == [True, True, False]
 
 
 def test_the_report_is_there_when_asked_for(server: RunningServer) -> None:
@@ -155,10 +157,15 @@ def test_the_report_is_there_when_asked_for(server: RunningServer) -> None:
         "prune_options": {},
         "prune_text_images": False,
         "attention": "dense",
+        "attention_options": {},
+        "attention_dense_below": None,
+        "attention_profile": None,
         "kv": "none",
         "kv_budget": None,
+        "kv_options": {},
         "kv_dtype": "auto",
     }
+    assert report["attention_density"] == report["usage"]["attention_density"] == [1.0, 0.5]
     assert report["media"][0]["timestamps_s"] == [0.0, 1.0]
     times = report["timings_ms"]
     parts = [times[name] for name in list(times) if name not in ("ttft", "generate", "total")]

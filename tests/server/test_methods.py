@@ -11,13 +11,14 @@ from typing import Any
 import msgspec
 import pytest
 
+from mmserve.attention.base import PATTERNS
 from mmserve.budget import DEFAULT_KEEP
 from mmserve.config import MethodDefaults, PruneUnderLoad, ServeConfig
 from mmserve.errors import BadRequest, ConfigError
 from mmserve.kv.base import POLICIES
 from mmserve.methods import INNER, NAMES, choose_methods, deployed_methods, inner_part, least_keep, outer_part
 from mmserve.pruning.base import PRUNERS
-from mmserve.pruning.inner import REDUCERS, make_reducer
+from mmserve.pruning.inner import REDUCERS, load_reducer
 from mmserve.request import Methods, Option
 
 PLAIN = MethodDefaults()
@@ -26,11 +27,12 @@ PLAIN = MethodDefaults()
 def test_the_names_are_those_of_the_registries() -> None:
     assert tuple(REDUCERS) == tuple(INNER)
     assert NAMES["prune"] == (*PRUNERS, *REDUCERS)
+    assert NAMES["attention"] == ("dense", *PATTERNS)
     assert NAMES["kv"] == tuple(POLICIES)
 
 
 def test_what_a_method_keeps_by_default_is_its_own_inside_the_model() -> None:
-    assert {name: make_reducer(name).keep for name in REDUCERS} == INNER
+    assert {name: load_reducer(name).__dataclass_fields__["keep"].default for name in REDUCERS} == INNER
     assert all(choose_methods(PLAIN, prune=name).keep == keep for name, keep in INNER.items())
     assert choose_methods(PLAIN, prune="holitom").keep == DEFAULT_KEEP
     assert choose_methods(PLAIN, prune="holitom+fastv").keep == DEFAULT_KEEP
@@ -75,6 +77,39 @@ def test_what_was_chosen_can_be_chosen_again() -> None:
         assert choose_methods(PLAIN, **msgspec.to_builtins(chosen)) == chosen
 
 
+def test_the_settings_of_a_deployments_pattern_are_not_anothers() -> None:
+    deployed = MethodDefaults(
+        attention="mminference",
+        attention_options={"sink": 4},
+        attention_dense_below=100,
+        attention_profile="p.json",
+    )
+    usual = choose_methods(deployed)
+    assert (usual.attention, usual.attention_options) == ("mminference", {"sink": 4})
+    assert (usual.attention_dense_below, usual.attention_profile) == (100, "p.json")
+    assert usual.has_settings
+    more = choose_methods(deployed, attention_options={"local": 9}, attention_dense_below=0)
+    assert (more.attention_options, more.attention_dense_below) == ({"sink": 4, "local": 9}, 0)
+    other = choose_methods(deployed, attention="a_shape")
+    assert (other.attention_options, other.attention_dense_below) == ({}, 100)
+    assert other.attention_profile is None
+    assert choose_methods(deployed, attention="flux").attention_profile is None
+    offered = MethodDefaults(attention_profile="p.json")
+    assert choose_methods(offered, attention="mminference").attention_profile == "p.json"
+    dense = choose_methods(deployed, attention="dense")
+    assert dense == Methods()
+    assert not dense.has_settings
+
+
+def test_the_settings_of_a_deployments_kv_method_are_not_anothers() -> None:
+    deployed = MethodDefaults(kv="snapkv", kv_budget=0.5, kv_options={"window": 8})
+    assert choose_methods(deployed).kv_options == {"window": 8}
+    assert choose_methods(deployed, kv_options={"pool": 3}).kv_options == {"window": 8, "pool": 3}
+    other = choose_methods(deployed, kv="h2o")
+    assert (other.kv_budget, other.kv_options) == (0.5, {})
+    assert choose_methods(deployed, kv="none").kv_options == {}
+
+
 IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"keep": 0.5}, "Expected keep only with prune, which names the method that keeps so much, but got 0.5"),
     ({"prune": "none", "keep": 64}, "Expected keep only with prune"),
@@ -95,8 +130,16 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ),
     ({"prune": "holitm"}, "Expected prune to be one of none, random"),
     ({"attention": "x"}, "Expected attention to be one of dense"),
+    ({"attention_options": {"sink": 1}}, "Expected attention_options only with attention"),
+    ({"attention": "a_shape", "attention_options": {"sink": [1]}}, "attention_options.sink to be a number"),
+    ({"attention_dense_below": 5}, "with a sparse attention, but got 5 with dense"),
+    ({"attention": "a_shape", "attention_dense_below": -1}, "attention_dense_below of 0 to"),
+    ({"attention": "a_shape", "attention_profile": "p"}, "attention_profile only with attention mminference"),
+    ({"attention": "a_shape", "prune": "carriers"}, "Expected attention dense with prune carriers"),
     ({"kv": "x"}, "Expected kv to be one of none"),
     ({"kv_budget": -1}, "Expected kv_budget of more than 0"),
+    ({"kv_options": {"window": 8}}, "Expected kv_options only with kv"),
+    ({"kv": "snapkv", "kv_options": {"window": [8]}}, "kv_options.window to be a number"),
 ]
 
 

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from mmserve import messages as m
 from mmserve.models.decoder import TextDecoder
-from mmserve.pruning.carriers import carrier_mask, remaining
+from mmserve.pruning.carriers import CarrierBank, carrier_mask, carrier_slots, remaining, seen_until
 from mmserve.request import Methods
 from tests.workers.fakes import IMAGE, VIDEO, WIDTH, Engine, tiny_decoder
 
 CARRIERS = Methods(prune="carriers")
+MEMORY = 5
+LIMITED = Methods(prune="carriers", prune_options={"memory": MEMORY})
 
 
 @dataclass(frozen=True)
@@ -181,3 +183,15 @@ def prompts() -> dict[str, Carried]:
         ),
         "text": Carried(text(11)),
     }
+
+
+def limited_until(prompt: Carried) -> Tensor:
+    """Until when every token is seen where there is room for `MEMORY` carriers."""
+    frame, rows = prompt.frame, torch.cat([clip.embeddings for clip in prompt.clips])
+    until, bank = seen_until(frame), CarrierBank(MEMORY)
+    visual = [place for place, token in enumerate(prompt.expanded) if token in (IMAGE, VIDEO)]
+    for place in carrier_slots(frame).nonzero()[:, 0].tolist():
+        leaving = bank.add(place, rows[visual.index(place)])
+        if leaving is not None:
+            until[leaving] = place + 1
+    return until

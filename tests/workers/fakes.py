@@ -11,8 +11,11 @@ import numpy as np
 import torch
 
 from mmserve import messages as m
+from mmserve.engine.quantized import QuantizedRunner
 from mmserve.engine.runner import Runner
+from mmserve.kernels.kv_codec.pages import Kind
 from mmserve.kv.identity import KEY_BYTES
+from mmserve.kv.quantized import QuantizedStore
 from mmserve.kv.store import PageStore
 from mmserve.kv.table import PageTable
 from mmserve.models.decoder import DecoderConfig, TextDecoder
@@ -91,13 +94,21 @@ class Engine:
         roles: tuple[m.Role, ...] = BOTH,
         decoder: TextDecoder | None = None,
         token_budget: int = 2048,
+        codec: Kind | None = None,
+        places: int = 64,
     ) -> None:
         self.leases = LeaseStore([directory])
         self.reporter = FakeReporter()
         decoder = decoder or tiny_decoder()
-        self.table = PageTable(decoder.config.layers, 2, pages, page_size)
-        store = PageStore(pages, page_size, 8)
-        self.runner = Runner(decoder, self.table, store, torch.device("cpu"))
+        layers, decodes = decoder.config.layers, m.Role.DECODE in roles
+        floats = 0 if codec and m.Role.PREFILL not in roles else pages
+        self.table = PageTable(layers, 2, floats, page_size)
+        store, cpu = PageStore(floats, page_size, 8), torch.device("cpu")
+        self.runner = Runner(decoder, self.table, store, cpu, codec)
+        if codec and decodes:
+            answers = PageTable(layers, 2, pages, page_size)
+            quantized = QuantizedStore(codec, answers, places, 8, torch.float32)
+            self.runner = QuantizedRunner(decoder, self.table, store, cpu, quantized)
         self.handler = LanguageHandler(
             runner=self.runner,
             roles=roles,
@@ -110,15 +121,19 @@ class Engine:
         )
         self.reporter.handler = self.handler
         self.sampling: dict[str, SamplingParams] = {}
+        self.methods: dict[str, Methods] = {}
         self.forced: dict[str, tuple[int, ...]] = {}
 
     @property
     def used_pages(self) -> int:
         """Pages that belong to a sequence; those that are only remembered are as good as free."""
-        return self.table.used_pages - self.runner.prefix.evictable_pages
+        own = self.runner.answers.used_pages if self.runner.has_answer_pages else 0
+        return self.table.used_pages - self.runner.prefix.evictable_pages + own
 
     def check(self) -> None:
         self.table.check([self.runner.prefix.pages])
+        if self.runner.has_answer_pages:
+            self.runner.answers.check()
 
     def run(self, limit: int = 500) -> None:
         for _ in range(limit):
@@ -150,6 +165,7 @@ class Engine:
             next_position=event.next_position,
             lease=event.lease,
             slots=event.slots,
+            methods=self.methods.get(event.request_id, Methods()),
         )
 
     def prefill(
@@ -175,6 +191,7 @@ class Engine:
             hand_off=hand_off,
         )
         self.sampling[name], self.forced[name] = command.sampling, forced
+        self.methods[name] = command.methods
         self.handler.handle(command)
         return command
 
@@ -186,6 +203,7 @@ class Engine:
         seed: int = 0,
         first: int = 0,
         frame: Sequence[int] | None = None,
+        frame_tokens: int = 0,
     ) -> m.EncodedPart:
         """So many published tokens of the item `seed`, from its token `first` on."""
         rows = np.array(range(tokens) if kept is None else kept, np.int32)
@@ -198,7 +216,7 @@ class Engine:
             "key": np.tile(np.frombuffer(seed.to_bytes(KEY_BYTES, "little"), np.uint8), (len(rows), 1)),
         }
         lease = self.leases.publish(arrays, with_crc=True)
-        return m.EncodedPart(lease=lease, tokens=tokens, kept=len(rows))
+        return m.EncodedPart(lease=lease, tokens=tokens, kept=len(rows), frame_tokens=frame_tokens)
 
     def item(self, tokens: int, kept: list[int] | None = None, seed: int = 0) -> m.PromptItem:
         """A published media item of so many tokens, equal to every other of this seed."""

@@ -503,7 +503,7 @@ def test_an_image_of_text_is_left_alone(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"tua": 1}, "settings of holitom to be one of tau"),
+        ({"tua": 1}, "settings of holitom to be one of window_frames, tau"),
         ({"tau": 2}, "tau above 0"),
         ({"beta": "x"}, "beta"),
     ],

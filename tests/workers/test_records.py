@@ -66,7 +66,7 @@ def test_what_is_dropped_in_prefill_is_not_kept_and_takes_no_slots_after_it() ->
 
 
 def test_usage_counts_tokens_before_and_after_reduction() -> None:
-    ended = msgspec.structs.replace(prefilled(), visual_layer_mean=42.5)
+    ended = msgspec.structs.replace(prefilled(), visual_by_layer=(60, 25), kv_bytes_dense=120)
     made = record([item(37, 10, cached=36), item(100, 50)], prefilled=ended)
     made.tokens = [m.Sampled(request_id="r", attempt=0, seq=i, token_id=i) for i in range(3)]
     assert made.usage() == Usage(
@@ -75,9 +75,11 @@ def test_usage_counts_tokens_before_and_after_reduction() -> None:
         visual_tokens=137,
         visual_tokens_kept=60,
         visual_tokens_layer_mean=42.5,
+        visual_tokens_by_layer=(60, 25),
         visual_tokens_cached=36,
         kv_bytes=30,
         kv_bytes_uncompressed=90,
+        kv_bytes_dense=120,
     )
 
 

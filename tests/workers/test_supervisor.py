@@ -16,7 +16,7 @@ import pytest
 
 import mmserve
 from mmserve import messages as m
-from mmserve.config import ServeConfig, Transfer
+from mmserve.config import MethodDefaults, ServeConfig, Transfer
 from mmserve.media.limits import MediaLimits
 from mmserve.messages import Role
 from mmserve.queues import Router, ipc_endpoint
@@ -238,8 +238,11 @@ def test_cores_are_divided_and_settings_reach_every_worker() -> None:
     assert all(worker.directories == ("/run/a", "/run/b") for worker in made)
     assert all(worker.limits == MediaLimits.from_config(config.limits) for worker in made)
     assert all(worker.kv_memory_bytes == config.cache.kv_memory_bytes for worker in made)
+    assert all(worker.kv_dtype == "auto" for worker in made)
     assert all(worker.overlap for worker in made)
-    chosen = worker_configs(replace(config, threads=5, overlap=False), "ipc:///run/x", [])
+    quantized = MethodDefaults(kv_dtype="int8")
+    chosen = worker_configs(replace(config, threads=5, overlap=False, methods=quantized), "ipc:///run/x", [])
+    assert all(worker.kv_dtype == "int8" for worker in chosen)
     assert {worker.threads for worker in chosen} == {5}
     assert not any(worker.overlap for worker in chosen)
 

@@ -20,6 +20,7 @@ from mmserve.bench.geometry import build_config, checkpoint, geometry
 from mmserve.bench.pairing import Json, Metric, alternate_telling, row
 from mmserve.bench.report import Tell, deliver, document
 from mmserve.engine.memory import KINDS, make_runner
+from mmserve.engine.pages import MAX_RUNNING
 from mmserve.engine.rows import DecodeRow
 from mmserve.engine.runner import Runner
 from mmserve.engine.scheduler import Plan as Step
@@ -55,7 +56,7 @@ class Plan:
     frames: int = FRAMES
     context: int = 32_768  # slots of each sequence of a step
     batch: int = 8
-    memory: int = 1 << 28
+    memory: int = 1 << 26
     rounds: int = 5
     threads: int | None = None
     cache_dir: Path | None = None
@@ -115,28 +116,33 @@ class Session:
         return Metric(name=label, unit=unit, more_is_better=more, gate=gate)
 
 
-def requests_held(session: Session, dtype: str, slots: int, memory: int) -> float:
-    """How many requests of so many slots a decode worker holds at once, each with room for its answer.
+def requests_held(session: Session, dtype: str, budget: float, memory: int) -> float:
+    """How many requests a decode worker holds at once, each with room for its answer.
 
-    They take pages until none are left; the part of a request that still fits counts as that.
+    They take pages until none are left; the part of a request that still fits counts as that. The worker is
+    one of a deployment that keeps this budget.
     """
+    slots = session.slots(budget) + DECODE_HEADROOM
     heads, d, kind = session.layers * session.kv_heads, session.head_dim, KINDS.get(dtype)
     if kind is None:
+        places = MAX_RUNNING
         pages = memory // page_bytes(page_size=PAGE_SIZE, head_dim=d, dtype=torch.bfloat16)
     else:
-        places, pages = places_and_pages(memory, memory, kind, heads, PAGE_SIZE, d, torch.bfloat16)
+        places, pages = places_and_pages(
+            memory, MAX_RUNNING, kind, heads, PAGE_SIZE, d, torch.bfloat16, kept=budget
+        )
     table, held = PageTable(session.layers, session.kv_heads, pages, PAGE_SIZE), 0
-    while table.can_append(None, slots + DECODE_HEADROOM) and (kind is None or held < places):
-        table.reserve(str(held), slots + DECODE_HEADROOM)
+    while held < places and table.can_append(None, slots):
+        table.reserve(str(held), slots)
         held += 1
-    return held + table.free_pages / table.pages_for(slots + DECODE_HEADROOM)
+    return min(held + table.free_pages / table.pages_for(slots), places)
 
 
 def capacity(session: Session) -> None:
     plan, tell = session.plan, session.tell
-    base = requests_held(session, "bf16", session.slots(1.0), plan.memory)
+    base = requests_held(session, "bf16", 1.0, plan.memory)
     for dtype, budget in plan.cells:
-        held = requests_held(session, dtype, session.slots(budget), plan.memory)
+        held = requests_held(session, dtype, budget, plan.memory)
         metric = session.metric("capacity", (dtype, budget), "requests", MEMORY_GATES, True)
         session.rows.append(row(metric, [held], [base]))
         tell(f"{metric.name}: {held:.1f} requests in {plan.memory >> 20} MiB, {base:.1f} without")

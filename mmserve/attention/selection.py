@@ -17,7 +17,7 @@ from torch.nn import functional
 from mmserve.attention.base import ChunkView
 from mmserve.kv.store import PageStore
 from mmserve.kv.table import IntArray, PageTable, SlotArray
-from mmserve.pruning.base import check_count
+from mmserve.pruning.settings import check_values, whole
 
 MOST = 2**31 - 1  # slots, more than any sequence has
 MIN_PAGES = 3
@@ -41,12 +41,11 @@ class Quest:
     count: ClassVar[Literal["bound"]] = "bound"
     trained_weights: ClassVar[bool] = False
 
-    budget: int = 2048  # slots that a head reads
-    dense_layers: int = 2  # the first ones read everything
+    budget: int = whole(2048, 1, MOST, "how many slots a head reads")
+    dense_layers: int = whole(2, 0, 1024, "how many of the first layers read everything")
 
     def __post_init__(self) -> None:
-        check_count("budget", self.budget, 1, MOST)
-        check_count("dense_layers", self.dense_layers, 0, 1024)
+        check_values(self)
 
     @classmethod
     def everything(cls) -> Self:

@@ -134,18 +134,22 @@ def watched(
     until = None if prompt.until is None else prompt.until_of(table.order(sequence, 0, 0))
 
     def see(layer: int, queries: Tensor, hidden: Tensor) -> None:
-        observer.see(
-            Rows(
-                layer=layer,
-                queries=queries,
-                hidden=hidden,
-                order=prompt.order[rows],
-                position=prompt.position[rows],
-                key_order=table.order(sequence, layer, 0),
-                key_until=until,
-                frequencies=frequencies,
-                read=lambda: store.read(table.slots(sequence, layer)),
-            )
+        if prompt.failure is not None:
+            return
+        seen = Rows(
+            layer=layer,
+            queries=queries,
+            hidden=hidden,
+            order=prompt.order[rows],
+            position=prompt.position[rows],
+            key_order=table.order(sequence, layer, 0),
+            key_until=until,
+            frequencies=frequencies,
+            read=lambda: store.read(table.slots(sequence, layer)),
         )
+        try:
+            observer.see(seen)
+        except Exception as error:  # others run in this step too
+            prompt.failure = error
 
     return [Watch(range(start + first - chunk.start, start + chunk.stop - chunk.start), see)]

@@ -51,6 +51,7 @@ class PromptRows:
     headroom: int = 0  # slots that are its own behind the prompt
     observed: dict[int, list[Tensor]] = field(default_factory=dict)  # by layer, per chunk [rows, Hq, d]
     observer: Observer | None = None  # of the KV policy that will act on it
+    failure: Exception | None = None  # of the observer: the prompt's own, not that of all in its step
     logits: Tensor | None = None  # fp32 [V], of its last row once that is over
 
     def __len__(self) -> int:

@@ -6,6 +6,8 @@ KIVI's residual. Knows nothing about requests or attention.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -27,7 +29,8 @@ from mmserve.kv.store import KVExport, PageStore, check_rows, zeros
 from mmserve.kv.store import page_bytes as float_page_bytes
 from mmserve.kv.table import IntArray, OutOfPages, PageTable, SlotArray
 
-# memory is shared out for sequences of so many: newest pages take 3.4 % of it at most in int4
+# memory is shared out for sequences of so many before a KV policy: if there is none, newest pages take 3.4 %
+# of it at most in int4
 SHORT_SLOTS = 3072
 
 
@@ -177,15 +180,23 @@ class QuantizedStore:
 
 
 def places_and_pages(
-    memory: int, most: int, kind: Kind, heads: int, page_size: int, head_dim: int, dtype: torch.dtype
+    memory: int,
+    most: int,
+    kind: Kind,
+    heads: int,
+    page_size: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    *,
+    kept: float = 1.0,
 ) -> tuple[int, int]:
     """How many sequences, `most` at most, and how many quantized pages fit into so many bytes.
 
-    There are newest pages for as many as there would be of `SHORT_SLOTS` slots each.
+    There are newest pages for as many as there would be of `SHORT_SLOTS` slots each, a share of them `kept`.
     """
     page = page_bytes(kind, page_size, head_dim)
     newest = float_page_bytes(page_size=page_size, head_dim=head_dim, dtype=dtype)
-    short = heads * (-(-SHORT_SLOTS // page_size) * page + newest)
+    short = heads * (math.ceil(kept * SHORT_SLOTS / page_size) * page + newest)
     places = max(min(memory // short, most), 1)
     return places, max((memory - places * heads * newest) // page, 0)
 

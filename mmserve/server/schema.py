@@ -57,6 +57,9 @@ _SAMPLING = (
     "include_stop_str_in_output",
 )
 # fields that describe the request without changing its answer
+Settings = Annotated[
+    dict[str, Option] | None, Field(description="an object from names to numbers, texts, true, false or null")
+]
 _IGNORED = frozenset(
     {"user", "metadata", "store", "service_tier", "safety_identifier", "prediction", "request_id"}
     | {"prompt_cache_key", "prompt_cache_retention"}
@@ -103,20 +106,14 @@ class OwnOptions(VideoOptions):
     prune: Text = None
     keep: Amount = None
     keep_image: Amount = None
-    prune_options: Annotated[
-        dict[str, Option] | None, Field(description="an object from names to values")
-    ] = None
+    prune_options: Settings = None
     prune_text_images: Flag = None
     attention: Text = None
-    attention_options: Annotated[
-        dict[str, Option] | None, Field(description="an object from names to values")
-    ] = None
+    attention_options: Settings = None
     attention_dense_below: Whole = None
     kv: Text = None
     kv_budget: Number = None
-    kv_options: Annotated[dict[str, Option] | None, Field(description="an object from names to values")] = (
-        None
-    )
+    kv_options: Settings = None
     kv_dtype: Text = None
     report: Flag = None
     report_tokens: Flag = None  # implies `report`: also which tokens of each item survive

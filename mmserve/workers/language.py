@@ -111,11 +111,7 @@ class LanguageHandler:
                 step_rows=self._token_budget,
                 reader=self._reader,
             )
-            needed = runner.table.pages_for(prompt.slots + prompt.headroom)
-            if needed > runner.most_pages:
-                most = runner.most_pages
-                raise OutOfPages(f"Expected a prompt of at most {most} KV pages, but got {needed}")
-            sequences.waiting[command.request_id] = prompt
+            sequences.wait_for_pages(prompt)
         elif isinstance(command, m.ExtendPrompt):
             self._extend(command)
         elif command.lease is not None:
@@ -272,6 +268,8 @@ class LanguageHandler:
         for name in (chunk.sequence for chunk in plan.chunks if chunk.sequence in sequences.prefills):
             prefill = sequences.prefills[name]
             try:
+                if prefill.rows.failure is not None:
+                    raise prefill.rows.failure
                 if name in chosen:
                     self._finish_prompt(prefill, *chosen[name])
                     continue

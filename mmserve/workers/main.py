@@ -53,6 +53,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     threads: int = 1
     kv_memory_bytes: int | None = None
     kv_dtype: KVDtype = "auto"
+    kv_budget: float | None = 1.0  # of the deployment's KV policy; None: what it keeps by default
     gpu_memory_utilization: float = 0.9
     max_num_batched_tokens: int | None = None
     embedding_cache_bytes: int = 256 << 20
@@ -175,6 +176,7 @@ def _language_handler(
         device=checkpoint.device,
         prefills=Role.PREFILL in roles,
         decodes=Role.DECODE in roles,
+        kv_budget=config.kv_budget,
     )
     return LanguageHandler(
         runner=runner,

@@ -22,7 +22,7 @@ from mmserve.engine.runner import Runner
 from mmserve.errors import BadRequest, WireError
 from mmserve.kv.base import KVPolicy, make_policy
 from mmserve.kv.identity import KEY_BYTES, WORDS, Identity, identity_rows
-from mmserve.methods import inner_part
+from mmserve.methods import CARRIERS, inner_part
 from mmserve.models.layout import Rows, Walk
 from mmserve.pruning.carriers import FOREVER
 from mmserve.pruning.inner import InnerReducer, make_reducer
@@ -85,7 +85,7 @@ class GrowingPrompt:
             raise BadRequest("Expected a prompt of at least one token, but it is empty")
         self.policy = _policy(command.methods)
         probe = None if self.policy is None else self.policy.probe()
-        self._is_probed = probe is not None
+        self.is_probed = probe is not None
         self._is_watched = self.policy is not None and self.policy.observer() is not None and probe is None
         # rows that a probe runs after the prompt lie behind it for a while
         self.slots = most_slots(command, step_rows) + rows_after(probe, self.capacity)
@@ -286,7 +286,7 @@ class GrowingPrompt:
         self._rows, self._known = stop, None
 
     def _check_inner(self) -> None:
-        if self.reducer is not None and self._is_probed:
+        if self.reducer is not None and self.is_probed:
             raise BadRequest(
                 f"Expected no prune {self.command.methods.prune} with kv {self.command.methods.kv}, "
                 "which runs rows after the prompt through all layers"
@@ -363,6 +363,11 @@ def _reducer(command: m.PrefillPrompt, num_layers: int, policy: KVPolicy | None)
         raise BadRequest(
             f"Expected no prune {command.methods.prune} with kv {command.methods.kv}, since both act inside "
             "the model"
+        )
+    if own is not None and command.methods.prune in CARRIERS:
+        raise BadRequest(
+            f"Expected no kv {command.methods.kv}, which acts inside the model, with prune "
+            f"{command.methods.prune}, which says itself what every token sees"
         )
     reducer = own if inner is None else make_reducer(inner.name, inner.keep, **inner.options)
     return reducer if reducer is not None and reducer.layers(num_layers) else None

@@ -17,7 +17,9 @@ from mmserve.engine.rows import DecodeRow, PromptRows
 from mmserve.engine.runner import Runner
 from mmserve.engine.sampler import Row
 from mmserve.engine.scheduler import Decoding, EngineState, Prefilling, Waiting
+from mmserve.errors import BadRequest
 from mmserve.kv.identity import Identity
+from mmserve.kv.table import OutOfPages
 from mmserve.pruning.carriers import FOREVER
 from mmserve.request import AttentionReport, Methods
 from mmserve.sampling import Logprob
@@ -127,6 +129,19 @@ class Sequences:
 
     def __len__(self) -> int:
         return len(self.waiting) + len(self.imports) + self._runner.answers.num_sequences
+
+    def wait_for_pages(self, prompt: GrowingPrompt) -> None:
+        """A prompt is here; raises what says why it never could run."""
+        command, most = prompt.command, self._runner.most_pages
+        needed = self._runner.table.pages_for(prompt.slots + prompt.headroom)
+        if needed > most and prompt.is_probed:
+            raise BadRequest(
+                f"Expected room in {most} KV pages for a prompt and the rows that kv "
+                f"{command.methods.kv} runs after it, but they take {needed}"
+            )
+        if needed > most:
+            raise OutOfPages(f"Expected a prompt of at most {most} KV pages, but got {needed}")
+        self.waiting[command.request_id] = prompt
 
     def arrive(self) -> int:
         """The number of the next one to come."""

@@ -61,6 +61,7 @@ def worker_configs(
             threads=threads,
             kv_memory_bytes=config.cache.kv_memory_bytes,
             kv_dtype=config.methods.kv_dtype,
+            kv_budget=1.0 if config.methods.kv == "none" else config.methods.kv_budget,
             gpu_memory_utilization=_gpu_share(config),
             max_num_batched_tokens=config.max_num_batched_tokens,
             embedding_cache_bytes=config.cache.embedding_cache_bytes,

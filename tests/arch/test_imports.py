@@ -21,7 +21,7 @@ LINKED = ("kernels", "bench")  # folders of the repository that are parts of the
 
 # lower layers first; a part may import its own layer and the layers below it
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "cores", "budget", "config", "log", "metrics", "tracing", "progress"}),
+    frozenset({"errors", "cores", "budget", "sections", "config", "log", "metrics", "tracing", "progress"}),
     frozenset({"request", "sampling", "lease", "messages"}),
     frozenset(
         {
@@ -79,6 +79,7 @@ TORCH_FREE = (
     "mmserve.models.layout",
     "mmserve.models.resolve",
     "mmserve.config",
+    "mmserve.sections",
     "mmserve.log",
 )
 MODEL_LIBRARIES = frozenset({"torch", "transformers", "triton", "PIL", "av", "decord"})

@@ -93,7 +93,8 @@ def test_a_profile_says_what_each_head_does(tmp_path: Path) -> None:
     assert mask[2].sum() == 60 * 61 / 2
     assert mask[0].sum() < mask[2].sum() / 2
     with pytest.raises(BadRequest, match="of 2 layers with 4 heads"):
-        MMInference(profile=str(file)).index(replace(view, layers=2))
+        MMInference(profile=str(file)).check_model(layers=2, heads=4, width=16)
+    MMInference(profile=str(file)).check_model(layers=1, heads=4, width=16)
 
 
 def gridded(rng: np.random.Generator, stride: int, frames: int) -> Recorded:

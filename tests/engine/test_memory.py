@@ -64,7 +64,31 @@ def test_quantized_pages_have_half_or_all_of_it(kind: str) -> None:
     assert both.most_pages == both.table.num_pages < both.answers.num_pages
 
 
-@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
-def test_too_little_memory_for_a_page_of_every_head_is_said(kv_dtype: str) -> None:
-    with pytest.raises(ConfigError, match="a page of every head"):
-        runner(kv_dtype, memory=5000)
+@pytest.mark.parametrize("kv_dtype", ["auto", "bf16", "int8", "int4"])
+@pytest.mark.parametrize(("prefills", "decodes"), [(True, True), (True, False), (False, True)])
+def test_too_little_memory_says_how_much_is_enough(kv_dtype: str, prefills: bool, decodes: bool) -> None:
+    with pytest.raises(ConfigError, match="a page of every head") as refusal:
+        runner(kv_dtype, memory=100, prefills=prefills, decodes=decodes)
+    least = int(refusal.value.public_message.split("at least ")[1].split()[0])
+    made = runner(kv_dtype, memory=least, prefills=prefills, decodes=decodes)
+    assert made.most_pages >= made.table.layers * made.table.kv_heads
+    with pytest.raises(ConfigError):
+        runner(kv_dtype, memory=least - 1, prefills=prefills, decodes=decodes)
+
+
+def test_a_deployment_that_keeps_less_has_places_for_more() -> None:
+    def places(kv_budget: float | None) -> int:
+        return make_runner(
+            tiny_decoder(),
+            kv_dtype="int4",
+            memory=MEMORY,
+            page_size=32,
+            dtype=torch.float32,
+            device="cpu",
+            prefills=False,
+            decodes=True,
+            kv_budget=kv_budget,
+        ).places
+
+    assert places(1.0) < places(0.25) == places(None) == places(768.0) < places(0.05)
+    assert places(1.0) == places(5000.0)

@@ -15,12 +15,14 @@ from mmserve import messages as m
 from mmserve.attention.cuda import CudaAttention
 from mmserve.engine.rows import PromptRows
 from mmserve.engine.runner import Runner
+from mmserve.errors import BadRequest
 from mmserve.kv.base import POLICIES, make_policy
 from mmserve.kv.identity import Identity
 from mmserve.methods import WITH_WEIGHTS
 from mmserve.models.decoder import Attend
 from mmserve.request import Methods, Option
 from mmserve.sampling import SamplingParams
+from tests.workers.carried import Clip
 from tests.workers.fakes import BOTH, IMAGE, VIDEO, WIDTH, Engine, tiny_decoder
 
 LAYERS = 3
@@ -156,7 +158,9 @@ def test_a_probe_that_cannot_have_its_pages_is_refused(
     engine.prefill("r", PROMPT, items(engine), sampling=LONG, methods=methods_of(name, files))
     engine.run()
     (failure,) = engine.reporter.of(m.RequestFailed)
-    assert failure.code == "out_of_pages"
+    # nothing that gets better by trying again
+    assert failure.code == BadRequest.code
+    assert f"kv {name} runs after it" in failure.public_message
     assert engine.used_pages == 0
     engine.check()
 
@@ -188,6 +192,48 @@ def test_fastkv_thins_out_tokens_half_way_up(tmp_path: Path) -> None:
     # half of all below; above a quarter of what may go, which is less, and what may not
     above = (visual - newlines) // 4 + newlines
     assert engine.table.lengths("r")[:, 0].tolist() == [text + visual // 2] * 2 + [text + above]
+
+
+def test_a_repetition_may_be_of_nothing_that_is_left(tmp_path: Path) -> None:
+    """Chunks between two carriers have no slots any more when they are repeated."""
+    engine = engine_of(tmp_path)
+    methods = Methods(prune="carriers", kv="kvzip", kv_budget=0.5, kv_options={"chunk": 16})
+    video = Clip(frames=2, size=50, seed=1).item(engine)
+    engine.prefill("r", (1, 2, VIDEO, 3, 4), (video,), sampling=LONG, methods=methods)
+    engine.finish()
+    assert not engine.reporter.of(m.RequestFailed)
+    assert len(engine.answer("r")) == LONG.max_tokens
+
+
+def test_what_acts_inside_the_model_does_not_go_with_carriers(tmp_path: Path) -> None:
+    engine = engine_of(tmp_path)
+    engine.prefill("r", PROMPT, items(engine), methods=Methods(prune="carriers", kv="fastkv"))
+    engine.run()
+    (failure,) = engine.reporter.of(m.RequestFailed)
+    assert failure.code == BadRequest.code
+    assert "kv fastkv" in failure.public_message
+
+
+def test_a_sink_as_long_as_the_prompt_leaves_the_choice_open(tmp_path: Path) -> None:
+    methods = Methods(kv="expected", kv_budget=0.5, kv_options={"sink": 1024})
+    tokens, event = answered(engine_of(tmp_path), methods)
+    assert len(tokens) == LONG.max_tokens
+    assert event.kv_bytes < event.kv_bytes_uncompressed
+
+
+@pytest.mark.parametrize("name", ["kvzap", "locret"])
+def test_what_an_observer_lacks_fails_its_own_request(tmp_path: Path, name: str) -> None:
+    """Others that run in the same step go on."""
+    plain, _ = answered(engine_of(tmp_path), Methods())
+    engine = engine_of(tmp_path)
+    engine.prefill("r", PROMPT, items(engine), sampling=LONG)
+    engine.prefill("no-heads", PROMPT, items(engine), sampling=LONG, methods=Methods(kv=name))
+    engine.finish()
+    (failure,) = engine.reporter.of(m.RequestFailed)
+    assert (failure.request_id, failure.code) == ("no-heads", BadRequest.code)
+    assert "kv_options.weights" in failure.public_message
+    assert engine.answer("r") == plain
+    assert engine.used_pages == 0
 
 
 def masked(kept: dict[tuple[int, int], set[int]], rows: int) -> Attend:

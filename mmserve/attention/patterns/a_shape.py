@@ -23,6 +23,21 @@ ALL = 2**31 - 1
 Slots = NDArray[np.integer]
 
 
+def sink_slots(default: int) -> int:
+    """The field `sink`."""
+    return whole(default, 0, ALL, "how many of the first slots every row sees")
+
+
+def local_slots(default: int) -> int:
+    """The field `local`."""
+    return whole(default, 1, ALL, "how many of the latest slots, its own among them")
+
+
+def frames_instead() -> int:
+    """The field `local_frames`."""
+    return whole(0, 0, ALL, "instead of these so many of the latest frames, where above 0")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AShape:
     """Every row sees the first `sink` slots, and the last `local` ones up to and with its own.
@@ -39,9 +54,9 @@ class AShape:
     count: ClassVar[Literal["bound"]] = "bound"
     trained_weights: ClassVar[bool] = False
 
-    sink: int = whole(128, 0, ALL, "how many of the first slots every row sees")
-    local: int = whole(4096, 1, ALL, "how many of the latest slots, its own among them")
-    local_frames: int = whole(0, 0, ALL, "instead of these so many of the latest frames, where above 0")
+    sink: int = sink_slots(128)
+    local: int = local_slots(4096)
+    local_frames: int = frames_instead()
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from mmserve.attention.base import ChunkView
-from mmserve.attention.patterns.a_shape import ALL, AShape
+from mmserve.attention.patterns.a_shape import ALL, AShape, frames_instead, local_slots, sink_slots
 from mmserve.errors import BadRequest
 from mmserve.kernels.prefill_attention import AttentionIndex
+from mmserve.pruning.settings import check_values, setting
 
 # rows at either end of a chunk that the router looks at
 POOL = 100
@@ -65,13 +66,13 @@ class Flux:
     count: ClassVar[Literal["bound"]] = "bound"
     trained_weights: ClassVar[bool] = True
 
-    profile: str = ""
-    sink: int = 128
-    local: int = 1024
-    local_frames: int = 0
+    profile: str = setting("", "a file of routers, which only a deployment names: --attention-profile")
+    sink: int = sink_slots(128)
+    local: int = local_slots(1024)
+    local_frames: int = frames_instead()
 
     def __post_init__(self) -> None:
-        self._sparse()
+        check_values(self)
         if self.profile:
             _routers(self.profile)
 

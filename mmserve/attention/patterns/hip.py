@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from mmserve.attention.base import ChunkView
-from mmserve.attention.patterns.a_shape import ALL
+from mmserve.attention.patterns.a_shape import ALL, local_slots, sink_slots
 from mmserve.attention.patterns.assemble import assemble, joined, row_blocks, runs_of_blocks, sink_and_band
 from mmserve.kernels.prefill_attention import AttentionIndex
-from mmserve.pruning.base import check_count
+from mmserve.pruning.settings import check_values, whole
 
 
 class Stage(NamedTuple):
@@ -52,18 +52,14 @@ class HiP:
     count: ClassVar[Literal["bound"]] = "bound"
     trained_weights: ClassVar[bool] = False
 
-    keys: int = 2048  # that are found for each block of rows
-    chunk: int = 8  # slots of the smallest chunks
-    sink: int = 256
-    local: int = 1024  # slots, the row among them
-    rows: int = 64  # of a block
+    keys: int = whole(2048, 1, ALL, "how many keys are found for each block of rows")
+    chunk: int = whole(8, 1, 1024, "slots of the smallest chunks that are searched")
+    sink: int = sink_slots(256)
+    local: int = local_slots(1024)
+    rows: int = whole(64, 1, 1024, "rows that are searched for together")
 
     def __post_init__(self) -> None:
-        check_count("keys", self.keys, 1, ALL)
-        check_count("chunk", self.chunk, 1, 1024)
-        check_count("sink", self.sink, 0, ALL)
-        check_count("local", self.local, 1, ALL)
-        check_count("rows", self.rows, 1, 1024)
+        check_values(self)
 
     @classmethod
     def everything(cls) -> Self:

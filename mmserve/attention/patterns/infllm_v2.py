@@ -15,6 +15,7 @@ from mmserve.attention.patterns.assemble import RowBlocks, from_blocks, row_bloc
 from mmserve.errors import BadRequest
 from mmserve.kernels.prefill_attention import AttentionIndex
 from mmserve.pruning.base import check_count
+from mmserve.pruning.settings import check_values, whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,22 +37,18 @@ class InfLLMv2:
     count: ClassVar[Literal["bound"]] = "bound"
     trained_weights: ClassVar[bool] = True
 
-    kernel: int = 32  # keys of a mean
-    stride: int = 16
-    block: int = 64
-    topk: int = 64  # blocks
-    sink: int = 1  # blocks
-    local: int = 2048  # slots
-    rows: int = 64  # of a block
+    kernel: int = whole(32, 1, 4096, "keys of a mean")
+    stride: int = whole(16, 1, 4096, "how far apart means begin")
+    block: int = whole(64, 1, 65536, "slots of a block of keys")
+    topk: int = whole(64, 1, ALL, "how many blocks of keys a block of rows sees")
+    sink: int = whole(1, 0, ALL, "how many of the first blocks every row sees")
+    local: int = whole(2048, 0, ALL, "how many of the latest slots every row sees")
+    rows: int = whole(64, 1, 1024, "rows that choose together")
 
     def __post_init__(self) -> None:
-        check_count("kernel", self.kernel, 1, 4096)
+        check_values(self)
         check_count("stride", self.stride, 1, self.kernel)
         check_count("block", self.block, self.stride, 65536)
-        check_count("topk", self.topk, 1, ALL)
-        check_count("sink", self.sink, 0, ALL)
-        check_count("local", self.local, 0, ALL)
-        check_count("rows", self.rows, 1, 1024)
         if self.block % self.stride:
             raise BadRequest(f"Expected block to be a multiple of stride {self.stride}, but got {self.block}")
 

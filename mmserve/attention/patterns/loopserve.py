@@ -16,7 +16,7 @@ from mmserve.attention.patterns.assemble import assemble, row_blocks
 from mmserve.attention.patterns.scores import last_rows
 from mmserve.attention.patterns.vertical_slash import columns_of, runs_of, slashes_of
 from mmserve.kernels.prefill_attention import AttentionIndex
-from mmserve.pruning.base import check_count, check_range
+from mmserve.pruning.settings import check_values, number, whole
 
 BLOCK = 64  # rows that share what they see
 # what a round takes of the attention that is missing, and at least of all; lines of a round do not know of
@@ -52,12 +52,11 @@ class LoopServe:
     count: ClassVar[Literal["bound"]] = "bound"
     trained_weights: ClassVar[bool] = False
 
-    recall: float = 0.955
-    samples: int = 16
+    recall: float = number(0.955, 0, 1, "the share of the attention that lines cover", low_open=True)
+    samples: int = whole(16, 1, 1024, "how many rows of a chunk are asked")
 
     def __post_init__(self) -> None:
-        check_range("recall", self.recall, 0, 1, low_open=True)
-        check_count("samples", self.samples, 1, 1024)
+        check_values(self)
 
     @classmethod
     def everything(cls) -> Self:

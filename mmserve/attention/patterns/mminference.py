@@ -52,7 +52,7 @@ class MMInference:
     slash: int = whole(0, 0, MOST, "how many diagonals, where there is no grid")
     boundary: str = setting("2d", "where modalities are cut: no, k, q or 2d", check_boundary)
     min_lift: float = number(0.1, 0, 1, "the least share of weight, above an even one, that makes a grid")
-    profile: str = ""
+    profile: str = setting("", "which lines each head has; only a deployment names it: --attention-profile")
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -12,7 +12,7 @@ from mmserve.attention.base import ChunkView
 from mmserve.attention.patterns.a_shape import ALL
 from mmserve.attention.patterns.assemble import RowBlocks, from_blocks, row_blocks
 from mmserve.kernels.prefill_attention import AttentionIndex
-from mmserve.pruning.base import check_count
+from mmserve.pruning.settings import check_values, whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,14 +32,12 @@ class PowerAttention:
     count: ClassVar[Literal["bound"]] = "bound"
     trained_weights: ClassVar[bool] = True
 
-    block: int = 256  # slots
-    window: int = 5  # blocks, the row's own among them
-    sink: int = 1  # blocks
+    block: int = whole(256, 1, 65536, "slots of a block")
+    window: int = whole(5, 1, ALL, "how many of the latest blocks, the row's own among them")
+    sink: int = whole(1, 0, ALL, "how many of the first blocks every row sees")
 
     def __post_init__(self) -> None:
-        check_count("block", self.block, 1, 65536)
-        check_count("window", self.window, 1, ALL)
-        check_count("sink", self.sink, 0, ALL)
+        check_values(self)
 
     @classmethod
     def everything(cls) -> Self:

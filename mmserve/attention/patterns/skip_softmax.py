@@ -12,7 +12,7 @@ import numpy as np
 
 from mmserve.attention.base import ChunkView, Skipping
 from mmserve.attention.patterns.a_shape import band_index
-from mmserve.pruning.base import check_range
+from mmserve.pruning.settings import check_values, number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,10 +33,12 @@ class SkipSoftmax:
     count: ClassVar[Literal["bound"]] = "bound"
     trained_weights: ClassVar[bool] = False
 
-    scale: float = 587.0
+    scale: float = number(
+        587.0, 0, 1e9, "over the slots so far: the share of a row's weight below which blocks go"
+    )
 
     def __post_init__(self) -> None:
-        check_range("scale", self.scale, 0, 1e9)
+        check_values(self)
 
     @classmethod
     def everything(cls) -> Self:

@@ -8,9 +8,21 @@ from typing import ClassVar, Literal, Self
 import numpy as np
 
 from mmserve.attention.base import ChunkView
-from mmserve.attention.patterns.a_shape import ALL, band_index, bands
+from mmserve.attention.patterns.a_shape import (
+    ALL,
+    band_index,
+    bands,
+    frames_instead,
+    local_slots,
+    sink_slots,
+)
 from mmserve.kernels.prefill_attention import AttentionIndex
-from mmserve.pruning.base import check_count
+from mmserve.pruning.settings import check_values, whole
+
+
+def last_rows() -> int:
+    """The field `bottom`."""
+    return whole(128, 0, ALL, "how many of the last rows of a chunk see everything")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,16 +41,13 @@ class TriShape:
     count: ClassVar[Literal["bound"]] = "bound"
     trained_weights: ClassVar[bool] = False
 
-    sink: int = 128
-    local: int = 4096
-    local_frames: int = 0
-    bottom: int = 128
+    sink: int = sink_slots(128)
+    local: int = local_slots(4096)
+    local_frames: int = frames_instead()
+    bottom: int = last_rows()
 
     def __post_init__(self) -> None:
-        check_count("sink", self.sink, 0, ALL)
-        check_count("local", self.local, 1, ALL)
-        check_count("local_frames", self.local_frames, 0, ALL)
-        check_count("bottom", self.bottom, 0, ALL)
+        check_values(self)
 
     @classmethod
     def everything(cls) -> Self:

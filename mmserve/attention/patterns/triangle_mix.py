@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
 from mmserve.attention.base import ChunkView
-from mmserve.attention.patterns.a_shape import ALL
-from mmserve.attention.patterns.tri_shape import TriShape
+from mmserve.attention.patterns.a_shape import ALL, frames_instead, local_slots, sink_slots
+from mmserve.attention.patterns.tri_shape import TriShape, last_rows
 from mmserve.kernels.prefill_attention import AttentionIndex
-from mmserve.pruning.base import check_count
+from mmserve.pruning.settings import check_values, whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,16 +28,14 @@ class TriangleMix:
     count: ClassVar[Literal["bound"]] = "bound"
     trained_weights: ClassVar[bool] = False
 
-    first_layer: int | None = None  # the first sparse one; None: the upper half is sparse
-    sink: int = 128
-    local: int = 4096
-    local_frames: int = 0
-    bottom: int = 128
+    first_layer: int | None = whole(None, 0, 1024, "the first sparse layer; -: the upper half is sparse")
+    sink: int = sink_slots(128)
+    local: int = local_slots(4096)
+    local_frames: int = frames_instead()
+    bottom: int = last_rows()
 
     def __post_init__(self) -> None:
-        if self.first_layer is not None:
-            check_count("first_layer", self.first_layer, 0, 1024)
-        self._triangle()
+        check_values(self)
 
     @classmethod
     def everything(cls) -> Self:

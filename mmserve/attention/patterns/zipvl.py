@@ -16,7 +16,7 @@ from mmserve.attention.patterns.assemble import row_order
 from mmserve.kernels import pattern_index
 from mmserve.kernels.prefill_attention import AttentionIndex
 from mmserve.kernels.prefill_attention.index import TILE_FIELDS
-from mmserve.pruning.base import check_count, check_range
+from mmserve.pruning.settings import check_values, number, whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,13 +40,12 @@ class ZipVL:
     count: ClassVar[Literal["bound"]] = "bound"
     trained_weights: ClassVar[bool] = False
 
-    mass: float = 0.975
-    probes: int = 16  # last rows of a chunk, and as many others
+    mass: float = number(0.975, 0, 1, "the share of the attention that important slots get", low_open=True)
+    # more are not one call of the kernel
+    probes: int = whole(16, 1, 64, "how many of the last rows of a chunk are asked, and as many others")
 
     def __post_init__(self) -> None:
-        check_range("mass", self.mass, 0, 1, low_open=True)
-        # more are not one call of the kernel
-        check_count("probes", self.probes, 1, 64)
+        check_values(self)
 
     @classmethod
     def everything(cls) -> Self:

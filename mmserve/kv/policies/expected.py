@@ -40,6 +40,8 @@ class ExpectedAttention(KVPolicy):
 
     def scores(self, view: LayerView) -> Tensor:
         kv_heads, _, width = view.keys.shape
+        if not view.sums:  # all of the prompt is left out
+            return view.keys.new_full((kv_heads, len(view.visual_slots)), torch.inf, dtype=torch.float32)
         cos, sin = expected_rotation(view.frequencies, view.next_position, self.future)
         keys = view.keys.float()
         mean = rotate(view.sums["mean"], cos, sin).unflatten(0, (kv_heads, -1))  # [kv_heads, group, d]

@@ -33,6 +33,8 @@ class Repeated:
         assert rows.repeats is not None, "only a repetition is seen"
         keys, _ = rows.read()
         repeated = np.isin(rows.key_order, rows.repeats)
+        if not repeated.any():  # nothing of it is left
+            return
         seen = repeated | (rows.key_order < self._sink) | (rows.key_order >= rows.order[0])
         index = torch.from_numpy(np.flatnonzero(seen)).to(keys.device)
         order, key_order = (

@@ -15,17 +15,14 @@ import torch
 from torch import Tensor
 
 from mmserve.kv.base import KVPolicy, LayerView
-from mmserve.pruning.base import check_count
+from mmserve.pruning.settings import whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RandomEviction(KVPolicy):
     name: ClassVar[str] = "random"
 
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_count("seed", self.seed, 0, 2**31)
+    seed: int = whole(0, 0, 2**31, "another seed, another draw")
 
     def scores(self, view: LayerView) -> Tensor:
         """Drawn slots score by how early they were drawn."""

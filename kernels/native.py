@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Protocol
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,30 @@ def load(source: Path) -> ctypes.CDLL | None:
     if os.environ.get("MMSERVE_KERNELS") == "naive":
         return None
     return _load(source)
+
+
+class Function(Protocol):
+    """A C function; pointers are addresses or None."""
+
+    def __call__(self, *arguments: float | None) -> int: ...
+
+
+def function(
+    source: Path, name: str, *, pointers: int, sizes: int, floats: int = 0, flags: int
+) -> Function | None:
+    """An int function of a C file that takes so many pointers, int64, float and int, in this order."""
+    library = load(source)
+    if library is None:
+        return None
+    found = library[name]
+    found.argtypes = (
+        [ctypes.c_void_p] * pointers
+        + [ctypes.c_int64] * sizes
+        + [ctypes.c_float] * floats
+        + [ctypes.c_int] * flags
+    )
+    found.restype = ctypes.c_int
+    return found
 
 
 def load_all() -> None:

@@ -163,7 +163,7 @@ def test_ask_prints_the_answer_and_a_line_about_it(shell: Shell, clip: Path) -> 
     run = shell("ask", clip, "What?", *methods_given, "--fps", "2", "--epd", "1,2,1")
     assert run.code == 0
     assert run.out == "WHAT?\n"
-    assert run.err.startswith("8 frames | 100 → 25 visual tokens | KV")
+    assert run.err.startswith("8 frames | 100 → 25 visual tokens | attention 100 % | KV")
     assert run.err.count("\n") == 1
     ((model, methods, options, epd),) = shell.made
     assert model == "tiny"

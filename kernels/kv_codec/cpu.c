@@ -124,9 +124,9 @@ INLINE void store_slots(const char *x, int64_t first, int64_t count, int64_t d, 
     else { enum { K = FP8 }; call; }
 
 // pages x [n][page_size][d] of floats or bf16, of which the first counts[i] rows are there, into page ids[i]
-void store_pages(const void *x, const int32_t *ids, const int32_t *counts, void *pages, void *scales,
-                 void *zeros, int64_t n, int64_t page_size, int64_t d, int kind, int is_bf16,
-                 int is_by_channel, int threads) {
+int store_pages(const void *x, const int32_t *ids, const int32_t *counts, void *pages, void *scales,
+                void *zeros, int64_t n, int64_t page_size, int64_t d, int kind, int is_bf16,
+                int is_by_channel, int threads) {
     int64_t stored = kind == INT4 ? d / 2 : d, groups = is_by_channel ? d : page_size;
     #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < n; i++) {
@@ -141,4 +141,5 @@ void store_pages(const void *x, const int32_t *ids, const int32_t *counts, void 
             WITH_KIND(store_slots(x, first, count, d, is_bf16, out, scale, zero, K))
         }
     }
+    return 0;
 }

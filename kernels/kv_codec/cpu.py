@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 from functools import cache
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,10 +14,6 @@ from mmserve.kernels.kv_codec.pages import PAGE_TYPES, SCALE_TYPE, QuantizedPage
 NATIVE_TYPES = (torch.float32, torch.bfloat16)
 MAX_HEAD_DIM = 256
 _KINDS = {dtype: number for number, dtype in enumerate(PAGE_TYPES.values())}
-
-
-class _Kernel(Protocol):
-    def __call__(self, *arguments: int | None) -> None: ...
 
 
 def try_store_pages(pages: QuantizedPages, k: Tensor, v: Tensor, page_ids: Tensor, counts: Tensor) -> bool:
@@ -35,7 +29,7 @@ def try_store_pages(pages: QuantizedPages, k: Tensor, v: Tensor, page_ids: Tenso
 
 
 def _store(
-    kernel: _Kernel,
+    kernel: native.Function,
     rows: Tensor,
     page_ids: Tensor,
     counts: Tensor,
@@ -61,11 +55,6 @@ def _store(
 
 
 @cache
-def _kernel() -> _Kernel | None:
-    library = native.load(Path(__file__).with_name("cpu.c"))
-    if library is None:
-        return None
-    kernel = library.store_pages
-    kernel.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 3 + [ctypes.c_int] * 4
-    kernel.restype = None
-    return kernel
+def _kernel() -> native.Function | None:
+    source = Path(__file__).with_name("cpu.c")
+    return native.function(source, "store_pages", pointers=6, sizes=3, flags=4)

@@ -5,10 +5,8 @@ Knows nothing about page tables: a KV head's slots come as runs, which may be as
 
 from __future__ import annotations
 
-import ctypes
 from functools import cache
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,10 +19,6 @@ SOURCE = Path(__file__).with_name("cpu.c")
 MAX_GROUP = 16
 MAX_HEAD_DIM = 256
 FAILURES = {1: "no memory for partial results", 2: "a run leaves the arrays, or a head has no slot"}
-
-
-class _Kernel(Protocol):
-    def __call__(self, *arguments: int | float) -> int: ...
 
 
 def paged_decode(
@@ -72,14 +66,8 @@ def paged_decode(
 
 
 @cache
-def _kernel() -> _Kernel | None:
-    library = native.load(SOURCE)
-    if library is None:
-        return None
-    kernel = library.paged_decode
-    kernel.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 5 + [ctypes.c_float] + [ctypes.c_int] * 2
-    kernel.restype = ctypes.c_int
-    return kernel
+def _kernel() -> native.Function | None:
+    return native.function(SOURCE, "paged_decode", pointers=7, sizes=5, floats=1, flags=2)
 
 
 def _torch_decode(

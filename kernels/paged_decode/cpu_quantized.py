@@ -5,9 +5,7 @@ Knows nothing about page tables: a KV head's slots come as runs, as in `cpu.py`.
 
 from __future__ import annotations
 
-import ctypes
 from functools import cache
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,10 +16,6 @@ from mmserve.kernels.paged_decode.cpu import FAILURES, MAX_GROUP, MAX_HEAD_DIM, 
 from mmserve.kernels.paged_decode.naive_pages import PageScales, read_pages
 
 _KINDS = {torch.int8: 0, torch.uint8: 1, torch.float8_e4m3fn: 2}
-
-
-class _Kernel(Protocol):
-    def __call__(self, *arguments: float | None) -> int: ...
 
 
 def paged_decode_quantized(
@@ -72,14 +66,8 @@ def paged_decode_quantized(
 
 
 @cache
-def _kernel() -> _Kernel | None:
-    library = native.load(SOURCE)
-    if library is None:
-        return None
-    kernel = library.paged_decode_quantized
-    kernel.argtypes = [ctypes.c_void_p] * 13 + [ctypes.c_int64] * 7 + [ctypes.c_float] + [ctypes.c_int] * 3
-    kernel.restype = ctypes.c_int
-    return kernel
+def _kernel() -> native.Function | None:
+    return native.function(SOURCE, "paged_decode_quantized", pointers=13, sizes=7, floats=1, flags=3)
 
 
 def _torch_decode(

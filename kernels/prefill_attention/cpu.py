@@ -5,11 +5,9 @@ Knows nothing about page tables: a KV head's slots come as runs.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from functools import cache
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,10 +16,6 @@ from mmserve.kernels import native
 
 MAX_HEAD_DIM = 256
 _FAILURES = {1: "no memory for its scratch", 2: "a run leaves the arrays, or a head has too few keys"}
-
-
-class _Kernel(Protocol):
-    def __call__(self, *arguments: int | float) -> int: ...
 
 
 def is_available(q: Tensor, k: Tensor) -> bool:
@@ -77,11 +71,6 @@ def prefill_attention(
 
 
 @cache
-def _kernel() -> _Kernel | None:
-    library = native.load(Path(__file__).with_name("cpu.c"))
-    if library is None:
-        return None
-    kernel = library.prefill_attention
-    kernel.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 9 + [ctypes.c_float] + [ctypes.c_int] * 2
-    kernel.restype = ctypes.c_int
-    return kernel
+def _kernel() -> native.Function | None:
+    source = Path(__file__).with_name("cpu.c")
+    return native.function(source, "prefill_attention", pointers=7, sizes=9, floats=1, flags=2)

@@ -5,11 +5,9 @@ Knows nothing about patterns.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from functools import cache
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,10 +18,6 @@ from mmserve.kernels.prefill_attention.index import AttentionIndex
 
 MAX_HEAD_DIM = 256
 _FAILURES = {1: "no memory for its scratch", 2: "a key of the index is not in storage"}
-
-
-class _Kernel(Protocol):
-    def __call__(self, *arguments: int | float | None) -> int: ...
 
 
 def is_available(q: Tensor, k: Tensor) -> bool:
@@ -83,11 +77,6 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 
 @cache
-def _kernel() -> _Kernel | None:
-    library = native.load(Path(__file__).with_name("cpu_tiles.c"))
-    if library is None:
-        return None
-    kernel = library.tile_attention
-    kernel.argtypes = [ctypes.c_void_p] * 15 + [ctypes.c_int64] * 13 + [ctypes.c_float] * 2 + [ctypes.c_int]
-    kernel.restype = ctypes.c_int
-    return kernel
+def _kernel() -> native.Function | None:
+    source = Path(__file__).with_name("cpu_tiles.c")
+    return native.function(source, "tile_attention", pointers=15, sizes=13, floats=2, flags=1)

@@ -7,6 +7,7 @@ rules or requests. Imports no torch before a pattern is asked for.
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, cast, 
 
 from mmserve.errors import BadRequest
 from mmserve.pruning.base import check_count, check_settings
+from mmserve.pruning.settings import check_values
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,7 +67,7 @@ class Skipping:
     threshold: float
 
 
-class AttentionPattern(Protocol):
+class AttentionPattern(ABC):
     """One sparse pattern: a frozen dataclass, one per file, its fields are its settings.
 
     It is deterministic, and what a prompt sees depends on nothing but that prompt. Settings that are wrong
@@ -73,24 +75,26 @@ class AttentionPattern(Protocol):
     none: only the deployment can give it.
     """
 
+    __slots__ = ()
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
     name: ClassVar[str]
     paper: ClassVar[str]
-    needs_query: ClassVar[bool]
-    needs_whole_item: ClassVar[bool]
-    trained_weights: ClassVar[bool]
+    acts_at: ClassVar[Literal["prefill", "decode_step"]] = "prefill"
+    needs_query: ClassVar[bool] = False
+    needs_whole_item: ClassVar[bool] = False
+    count: ClassVar[Literal["exact", "bound"]] = "bound"
+    trained_weights: ClassVar[bool] = False
 
-    @property
-    def acts_at(self) -> Literal["prefill", "decode_step"]: ...
-
-    @property
-    def count(self) -> Literal["exact", "bound"]: ...
+    def __post_init__(self) -> None:
+        check_values(self)
 
     @classmethod
+    @abstractmethod
     def everything(cls) -> Self:
         """The pattern with settings by which every row sees all that a dense one does; for tests."""
-        ...
 
+    @abstractmethod
     def index(self, view: ChunkView) -> AttentionIndex | Skipping | None:
         """What the rows see, as an index of one sequence; None: these rows are dense in this layer.
 
@@ -99,7 +103,6 @@ class AttentionPattern(Protocol):
         `view.rows`, `key_begin` zeros [1, Hkv]. Every row of every query head is in one tile and sees itself,
         no key is twice in a tile: `check_index`. Tiles may share lists. Tensors are on the queries' device.
         """
-        ...
 
 
 @runtime_checkable

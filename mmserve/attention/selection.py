@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mmserve.attention.base import ChunkView
+from mmserve.attention.base import AttentionPattern, ChunkView
 from mmserve.kv.store import PageStore
 from mmserve.kv.table import IntArray, PageTable, SlotArray
-from mmserve.pruning.settings import check_values, whole
+from mmserve.pruning.settings import whole
 
 MOST = 2**31 - 1  # slots, more than any sequence has
 MIN_PAGES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Quest:
+class Quest(AttentionPattern):
     """Each KV head reads its newest page, and those whose keys could have the largest product with the query.
 
     The bound is the paper's: with the smallest m and largest M of a page's keys in every channel, no key's
@@ -35,17 +35,10 @@ class Quest:
 
     name: ClassVar[str] = "quest"
     paper: ClassVar[str] = "https://arxiv.org/abs/2406.10774"
-    acts_at: ClassVar[Literal["decode_step"]] = "decode_step"
-    needs_query: ClassVar[bool] = False
-    needs_whole_item: ClassVar[bool] = False
-    count: ClassVar[Literal["bound"]] = "bound"
-    trained_weights: ClassVar[bool] = False
+    acts_at: ClassVar[Literal["prefill", "decode_step"]] = "decode_step"
 
     budget: int = whole(2048, 1, MOST, "how many slots a head reads")
     dense_layers: int = whole(2, 0, 1024, "how many of the first layers read everything")
-
-    def __post_init__(self) -> None:
-        check_values(self)
 
     @classmethod
     def everything(cls) -> Self:

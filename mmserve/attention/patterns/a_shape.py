@@ -6,16 +6,16 @@ Static: it looks at no score. Also the band that other patterns are made of.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmserve.attention.base import ChunkView
+from mmserve.attention.base import AttentionPattern, ChunkView
 from mmserve.kernels.prefill_attention import AttentionIndex
 from mmserve.kernels.prefill_attention.index import TILE_FIELDS
-from mmserve.pruning.settings import check_values, whole
+from mmserve.pruning.settings import whole
 
 ROWS = 128  # that share a band counted in tokens: it begins where that of the first of them does
 ALL = 2**31 - 1
@@ -39,7 +39,7 @@ def frames_instead() -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AShape:
+class AShape(AttentionPattern):
     """Every row sees the first `sink` slots, and the last `local` ones up to and with its own.
 
     With `local_frames` above 0 the band is instead as many whole frames, the row's own being the last one,
@@ -48,18 +48,10 @@ class AShape:
 
     name: ClassVar[str] = "a_shape"
     paper: ClassVar[str] = "https://arxiv.org/abs/2309.17453"
-    acts_at: ClassVar[Literal["prefill"]] = "prefill"
-    needs_query: ClassVar[bool] = False
-    needs_whole_item: ClassVar[bool] = False
-    count: ClassVar[Literal["bound"]] = "bound"
-    trained_weights: ClassVar[bool] = False
 
     sink: int = sink_slots(128)
     local: int = local_slots(4096)
     local_frames: int = frames_instead()
-
-    def __post_init__(self) -> None:
-        check_values(self)
 
     @classmethod
     def everything(cls) -> Self:

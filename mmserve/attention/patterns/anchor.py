@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from mmserve.attention.base import ChunkView
+from mmserve.attention.base import AttentionPattern, ChunkView
 from mmserve.attention.patterns.assemble import (
     Lists,
     assemble,
@@ -20,11 +20,11 @@ from mmserve.attention.patterns.assemble import (
 from mmserve.attention.patterns.scores import block_size, products
 from mmserve.kernels.pattern_index.naive import pool_rows
 from mmserve.kernels.prefill_attention import AttentionIndex
-from mmserve.pruning.settings import check_values, number, whole
+from mmserve.pruning.settings import number, whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AnchorAttention:
+class AnchorAttention(AttentionPattern):
     """Single keys whose score comes within `theta` of what rows find in the first block and near themselves.
 
     Algorithm 1: a row's anchor is its largest score among the first block of keys and those from its group
@@ -38,17 +38,10 @@ class AnchorAttention:
     name: ClassVar[str] = "anchor"
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.23520"
     acts_at: ClassVar[Literal["prefill", "decode_step"]] = "prefill"
-    needs_query: ClassVar[bool] = False
-    needs_whole_item: ClassVar[bool] = False
-    count: ClassVar[Literal["exact", "bound"]] = "bound"
-    trained_weights: ClassVar[bool] = False
 
     theta: float = number(12.0, 0, 1e9, "how far below the anchor a score may lie")
     step: int = whole(16, 1, 1024, "blocks of rows that share their keys")
     block: int = block_size(128, "rows of a block, and keys that are always seen")
-
-    def __post_init__(self) -> None:
-        check_values(self)
 
     @classmethod
     def everything(cls) -> Self:

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
-from mmserve.attention.base import ChunkView
+from mmserve.attention.base import AttentionPattern, ChunkView
 from mmserve.attention.patterns.assemble import from_blocks, row_blocks
 from mmserve.attention.patterns.scores import block_scores, block_size, largest
 from mmserve.kernels.prefill_attention import AttentionIndex
-from mmserve.pruning.settings import check_values, whole
+from mmserve.pruning.settings import whole
 
 MAX_BLOCKS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BlockSparse:
+class BlockSparse(AttentionPattern):
     """A block of rows sees the `blocks` blocks of keys with the largest product of means, and its own.
 
     Algorithm 2: scores are softmax(mean(Q) mean(K)^T / sqrt(d)), of which the top k of each row of blocks are
@@ -26,16 +26,9 @@ class BlockSparse:
     name: ClassVar[str] = "block_sparse"
     paper: ClassVar[str] = "https://arxiv.org/abs/2407.02490"
     acts_at: ClassVar[Literal["prefill", "decode_step"]] = "prefill"
-    needs_query: ClassVar[bool] = False
-    needs_whole_item: ClassVar[bool] = False
-    count: ClassVar[Literal["bound"]] = "bound"
-    trained_weights: ClassVar[bool] = False
 
     blocks: int = whole(100, 1, MAX_BLOCKS, "how many blocks of keys a block of rows sees")
     block: int = block_size(64, "rows and keys of a block")
-
-    def __post_init__(self) -> None:
-        check_values(self)
 
     @classmethod
     def everything(cls) -> Self:

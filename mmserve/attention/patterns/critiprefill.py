@@ -8,11 +8,11 @@ from typing import ClassVar, Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from mmserve.attention.base import ChunkView
+from mmserve.attention.base import AttentionPattern, ChunkView
 from mmserve.attention.patterns.assemble import from_blocks, row_blocks
 from mmserve.attention.patterns.scores import block_size, largest
 from mmserve.kernels.prefill_attention import AttentionIndex
-from mmserve.pruning.settings import check_values, whole
+from mmserve.pruning.settings import whole
 
 PREVIOUS = 0.25  # share of the layer before in a layer's scores
 MAX_TOKENS = 1 << 30
@@ -26,7 +26,7 @@ class Earlier(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CritiPrefill:
+class CritiPrefill(AttentionPattern):
     """Segments of rows see the blocks of keys that matter most to them, `budget` keys, and their own.
 
     How much a block matters to a segment: with the largest and the smallest value of each channel of a
@@ -41,17 +41,10 @@ class CritiPrefill:
     name: ClassVar[str] = "critiprefill"
     paper: ClassVar[str] = "https://arxiv.org/abs/2409.12490"
     acts_at: ClassVar[Literal["prefill", "decode_step"]] = "prefill"
-    needs_query: ClassVar[bool] = False
-    needs_whole_item: ClassVar[bool] = False
-    count: ClassVar[Literal["exact", "bound"]] = "bound"
-    trained_weights: ClassVar[bool] = False
 
     budget: int = whole(2048, 1, MAX_TOKENS, "how many keys a segment sees besides its own")
     segment: int = block_size(512, "rows of a segment")
     block: int = block_size(32, "keys of a block")
-
-    def __post_init__(self) -> None:
-        check_values(self)
 
     @classmethod
     def everything(cls) -> Self:

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mmserve.attention.base import ChunkView
+from mmserve.attention.base import AttentionPattern, ChunkView
 from mmserve.attention.patterns.assemble import RowBlocks, from_blocks, row_blocks, row_order
 from mmserve.attention.patterns.scores import block_scores, block_size, fewest, largest, last_rows, probe
 from mmserve.kernels import pattern_index
 from mmserve.kernels.pattern_index import Probe
 from mmserve.kernels.prefill_attention import AttentionIndex
-from mmserve.pruning.settings import check_values, number, whole
+from mmserve.pruning.settings import number, whole
 
 MAX_TOKENS = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FlexPrefill:
+class FlexPrefill(AttentionPattern):
     """Each head sees as many blocks of keys as hold the share `gamma` of its attention.
 
     Algorithm 2: if the scores of mean keys tell what the last block of rows really look at (the root of the
@@ -38,18 +38,11 @@ class FlexPrefill:
     name: ClassVar[str] = "flexprefill"
     paper: ClassVar[str] = "https://arxiv.org/abs/2502.20766"
     acts_at: ClassVar[Literal["prefill", "decode_step"]] = "prefill"
-    needs_query: ClassVar[bool] = False
-    needs_whole_item: ClassVar[bool] = False
-    count: ClassVar[Literal["exact", "bound"]] = "bound"
-    trained_weights: ClassVar[bool] = False
 
     gamma: float = number(0.95, 0, 1, "the share of attention that is seen", low_open=True)
     tau: float = number(0.1, 0, 1, "heads whose divergence is below it are query-aware")
     min_budget: int = whole(1024, 1, MAX_TOKENS, "how many keys of columns, and of diagonals, at least")
     block: int = block_size(128, "rows and keys of a block")
-
-    def __post_init__(self) -> None:
-        check_values(self)
 
     @classmethod
     def everything(cls) -> Self:

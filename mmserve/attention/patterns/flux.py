@@ -10,14 +10,14 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import ClassVar, Literal, NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional
 
-from mmserve.attention.base import ChunkView
+from mmserve.attention.base import AttentionPattern, ChunkView
 from mmserve.attention.patterns.a_shape import ALL, AShape, frames_instead, local_slots, sink_slots
 from mmserve.errors import BadRequest
 from mmserve.kernels.prefill_attention import AttentionIndex
@@ -48,7 +48,7 @@ _Router = tuple[_Linear, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Flux:
+class Flux(AttentionPattern):
     """A layer that its router finds sparse is A-shaped in this chunk, others are dense.
 
     `profile` is a safetensors file of routers, named as in the published checkpoints
@@ -60,10 +60,6 @@ class Flux:
 
     name: ClassVar[str] = "flux"
     paper: ClassVar[str] = "https://arxiv.org/abs/2604.07394"
-    acts_at: ClassVar[Literal["prefill"]] = "prefill"
-    needs_query: ClassVar[bool] = False
-    needs_whole_item: ClassVar[bool] = False
-    count: ClassVar[Literal["bound"]] = "bound"
     trained_weights: ClassVar[bool] = True
 
     profile: str = setting("", "a file of routers, which only a deployment names: --attention-profile")

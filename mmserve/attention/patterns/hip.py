@@ -6,17 +6,17 @@ Knows nothing about pages or models.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mmserve.attention.base import ChunkView
+from mmserve.attention.base import AttentionPattern, ChunkView
 from mmserve.attention.patterns.a_shape import ALL, local_slots, sink_slots
 from mmserve.attention.patterns.assemble import assemble, joined, row_blocks, runs_of_blocks, sink_and_band
 from mmserve.kernels.prefill_attention import AttentionIndex
-from mmserve.pruning.settings import check_values, whole
+from mmserve.pruning.settings import whole
 
 
 class Stage(NamedTuple):
@@ -34,7 +34,7 @@ SLICE = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HiP:
+class HiP(AttentionPattern):
     """Of the keys between sink and local band, those `keys` that a tree search over chunks finds.
 
     InfiniteHiP's three stages. A chunk is bisected down to one key: each half is judged by its middle key, by
@@ -46,20 +46,12 @@ class HiP:
 
     name: ClassVar[str] = "hip"
     paper: ClassVar[str] = "https://arxiv.org/abs/2502.08910"
-    acts_at: ClassVar[Literal["prefill"]] = "prefill"
-    needs_query: ClassVar[bool] = False
-    needs_whole_item: ClassVar[bool] = False
-    count: ClassVar[Literal["bound"]] = "bound"
-    trained_weights: ClassVar[bool] = False
 
     keys: int = whole(2048, 1, ALL, "how many keys are found for each block of rows")
     chunk: int = whole(8, 1, 1024, "slots of the smallest chunks that are searched")
     sink: int = sink_slots(256)
     local: int = local_slots(1024)
     rows: int = whole(64, 1, 1024, "rows that are searched for together")
-
-    def __post_init__(self) -> None:
-        check_values(self)
 
     @classmethod
     def everything(cls) -> Self:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mmserve.attention.base import ChunkView
+from mmserve.attention.base import AttentionPattern, ChunkView
 from mmserve.attention.patterns.a_shape import ALL
 from mmserve.attention.patterns.assemble import RowBlocks, from_blocks, row_blocks, row_order
 from mmserve.errors import BadRequest
@@ -19,7 +19,7 @@ from mmserve.pruning.settings import check_values, whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class InfLLMv2:
+class InfLLMv2(AttentionPattern):
     """Each block of rows sees `topk` blocks of keys, the first ones and the local ones among them.
 
     A row weighs the means of every `kernel` keys, `stride` apart, by a softmax over those that end before it,
@@ -31,10 +31,6 @@ class InfLLMv2:
 
     name: ClassVar[str] = "infllm_v2"
     paper: ClassVar[str] = "https://arxiv.org/abs/2509.24663"
-    acts_at: ClassVar[Literal["prefill"]] = "prefill"
-    needs_query: ClassVar[bool] = False
-    needs_whole_item: ClassVar[bool] = False
-    count: ClassVar[Literal["bound"]] = "bound"
     trained_weights: ClassVar[bool] = True
 
     kernel: int = whole(32, 1, 4096, "keys of a mean")

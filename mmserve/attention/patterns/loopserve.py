@@ -6,17 +6,17 @@ Knows nothing about pages or models.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from mmserve.attention.base import ChunkView
+from mmserve.attention.base import AttentionPattern, ChunkView
 from mmserve.attention.patterns.assemble import assemble, row_blocks
 from mmserve.attention.patterns.scores import last_rows
 from mmserve.attention.patterns.vertical_slash import columns_of, runs_of, slashes_of
 from mmserve.kernels.prefill_attention import AttentionIndex
-from mmserve.pruning.settings import check_values, number, whole
+from mmserve.pruning.settings import number, whole
 
 BLOCK = 64  # rows that share what they see
 # what a round takes of the attention that is missing, and at least of all; lines of a round do not know of
@@ -34,7 +34,7 @@ class Lines(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoopServe:
+class LoopServe(AttentionPattern):
     """Each head's lines are the fewest, taken greedily, that cover `recall` of the attention of sampled rows.
 
     What a line adds is what no line before it covers. The paper samples the new turn's rows; here they are
@@ -46,17 +46,9 @@ class LoopServe:
 
     name: ClassVar[str] = "loopserve"
     paper: ClassVar[str] = "https://arxiv.org/abs/2507.13681"
-    acts_at: ClassVar[Literal["prefill"]] = "prefill"
-    needs_query: ClassVar[bool] = False
-    needs_whole_item: ClassVar[bool] = False
-    count: ClassVar[Literal["bound"]] = "bound"
-    trained_weights: ClassVar[bool] = False
 
     recall: float = number(0.955, 0, 1, "the share of the attention that lines cover", low_open=True)
     samples: int = whole(16, 1, 1024, "how many rows of a chunk are asked")
-
-    def __post_init__(self) -> None:
-        check_values(self)
 
     @classmethod
     def everything(cls) -> Self:

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self, cast
+from typing import ClassVar, Self, cast
 
-from mmserve.attention.base import ChunkView
+from mmserve.attention.base import AttentionPattern, ChunkView
 from mmserve.attention.patterns.boundary import gather
 from mmserve.attention.patterns.grouping import ALL
 from mmserve.attention.patterns.lines import build_index
@@ -33,16 +33,11 @@ def check_boundary(name: str, value: object) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MMInference:
+class MMInference(AttentionPattern):
     """Sizes are for heads without a profile, in tokens of a modality."""
 
     name: ClassVar[str] = "mminference"
     paper: ClassVar[str] = "https://arxiv.org/abs/2504.16083"
-    acts_at: ClassVar[Literal["prefill"]] = "prefill"
-    needs_query: ClassVar[bool] = False
-    needs_whole_item: ClassVar[bool] = False
-    count: ClassVar[Literal["exact", "bound"]] = "bound"
-    trained_weights: ClassVar[bool] = False
 
     sink: int = whole(128, 0, MOST, "how many of the first tokens of a modality every row sees")
     local: int = whole(1024, 1, MOST, "how many of the latest tokens of a modality, its own among them")

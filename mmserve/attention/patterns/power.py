@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from mmserve.attention.base import ChunkView
+from mmserve.attention.base import AttentionPattern, ChunkView
 from mmserve.attention.patterns.a_shape import ALL
 from mmserve.attention.patterns.assemble import RowBlocks, from_blocks, row_blocks
 from mmserve.kernels.prefill_attention import AttentionIndex
-from mmserve.pruning.settings import check_values, whole
+from mmserve.pruning.settings import whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PowerAttention:
+class PowerAttention(AttentionPattern):
     """A row sees the first blocks, the last `window` blocks, and those 1, 2, 4, ... blocks before its own.
 
     So L layers reach back 2^L blocks with log(n) blocks a row. The paper trains models with this mask (1 B
@@ -26,18 +26,11 @@ class PowerAttention:
 
     name: ClassVar[str] = "power"
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.03588"
-    acts_at: ClassVar[Literal["prefill"]] = "prefill"
-    needs_query: ClassVar[bool] = False
-    needs_whole_item: ClassVar[bool] = False
-    count: ClassVar[Literal["bound"]] = "bound"
     trained_weights: ClassVar[bool] = True
 
     block: int = whole(256, 1, 65536, "slots of a block")
     window: int = whole(5, 1, ALL, "how many of the latest blocks, the row's own among them")
     sink: int = whole(1, 0, ALL, "how many of the first blocks every row sees")
-
-    def __post_init__(self) -> None:
-        check_values(self)
 
     @classmethod
     def everything(cls) -> Self:

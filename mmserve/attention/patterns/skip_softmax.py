@@ -6,17 +6,17 @@ Knows nothing about kernels, which do the leaving out.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import numpy as np
 
-from mmserve.attention.base import ChunkView, Skipping
+from mmserve.attention.base import AttentionPattern, ChunkView, Skipping
 from mmserve.attention.patterns.a_shape import band_index
-from mmserve.pruning.settings import check_values, number
+from mmserve.pruning.settings import number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SkipSoftmax:
+class SkipSoftmax(AttentionPattern):
     """A block whose largest weight is below `scale` / (slots so far) of the largest so far is not multiplied.
 
     The threshold falls with the length, as the paper found it should. The default is what NVIDIA published
@@ -27,18 +27,10 @@ class SkipSoftmax:
 
     name: ClassVar[str] = "skip_softmax"
     paper: ClassVar[str] = "https://arxiv.org/abs/2512.12087"
-    acts_at: ClassVar[Literal["prefill"]] = "prefill"
-    needs_query: ClassVar[bool] = False
-    needs_whole_item: ClassVar[bool] = False
-    count: ClassVar[Literal["bound"]] = "bound"
-    trained_weights: ClassVar[bool] = False
 
     scale: float = number(
         587.0, 0, 1e9, "over the slots so far: the share of a row's weight below which blocks go"
     )
-
-    def __post_init__(self) -> None:
-        check_values(self)
 
     @classmethod
     def everything(cls) -> Self:

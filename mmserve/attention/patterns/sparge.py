@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mmserve.attention.base import ChunkView, Skipping
+from mmserve.attention.base import AttentionPattern, ChunkView, Skipping
 from mmserve.attention.patterns.assemble import from_blocks, row_blocks
 from mmserve.attention.patterns.scores import block_scores, block_size
 from mmserve.kernels.prefill_attention import AttentionIndex
-from mmserve.pruning.settings import check_values, number
+from mmserve.pruning.settings import number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sparge:
+class Sparge(AttentionPattern):
     """Blocks whose rows are alike are judged by their means, all others are seen.
 
     First stage: a block of rows or keys is alike if the mean cosine of its pairs
@@ -33,19 +33,12 @@ class Sparge:
     name: ClassVar[str] = "sparge"
     paper: ClassVar[str] = "https://arxiv.org/abs/2502.18137"
     acts_at: ClassVar[Literal["prefill", "decode_step"]] = "prefill"
-    needs_query: ClassVar[bool] = False
-    needs_whole_item: ClassVar[bool] = False
-    count: ClassVar[Literal["exact", "bound"]] = "bound"
-    trained_weights: ClassVar[bool] = False
 
     similarity: float = number(0.6, -1, 1, "the mean cosine from which on a block is judged")
     cumulative: float = number(0.98, 0, 1, "the share of the weights of means that is seen")
     skip: float = number(1.9e-22, 0, 0.99, "weights up to this share of the largest may be skipped")
     rows: int = block_size(128, "rows of a block")
     keys: int = block_size(64, "keys of a block")
-
-    def __post_init__(self) -> None:
-        check_values(self)
 
     @classmethod
     def everything(cls) -> Self:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import numpy as np
 
-from mmserve.attention.base import ChunkView
+from mmserve.attention.base import AttentionPattern, ChunkView
 from mmserve.attention.patterns.a_shape import (
     ALL,
     band_index,
@@ -17,7 +17,7 @@ from mmserve.attention.patterns.a_shape import (
     sink_slots,
 )
 from mmserve.kernels.prefill_attention import AttentionIndex
-from mmserve.pruning.settings import check_values, whole
+from mmserve.pruning.settings import whole
 
 
 def last_rows() -> int:
@@ -26,7 +26,7 @@ def last_rows() -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TriShape:
+class TriShape(AttentionPattern):
     """As `a_shape`, but the last `bottom` rows see everything (SCBench; defaults of MMInference's tables).
 
     The paper knows one chunk, the whole prompt. A chunk does not know whether it is the last one, so that the
@@ -35,19 +35,11 @@ class TriShape:
 
     name: ClassVar[str] = "tri_shape"
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.10319"
-    acts_at: ClassVar[Literal["prefill"]] = "prefill"
-    needs_query: ClassVar[bool] = False
-    needs_whole_item: ClassVar[bool] = False
-    count: ClassVar[Literal["bound"]] = "bound"
-    trained_weights: ClassVar[bool] = False
 
     sink: int = sink_slots(128)
     local: int = local_slots(4096)
     local_frames: int = frames_instead()
     bottom: int = last_rows()
-
-    def __post_init__(self) -> None:
-        check_values(self)
 
     @classmethod
     def everything(cls) -> Self:

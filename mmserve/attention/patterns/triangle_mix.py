@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
-from mmserve.attention.base import ChunkView
+from mmserve.attention.base import AttentionPattern, ChunkView
 from mmserve.attention.patterns.a_shape import ALL, frames_instead, local_slots, sink_slots
 from mmserve.attention.patterns.tri_shape import TriShape, last_rows
 from mmserve.kernels.prefill_attention import AttentionIndex
-from mmserve.pruning.settings import check_values, whole
+from mmserve.pruning.settings import whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TriangleMix:
+class TriangleMix(AttentionPattern):
     """Layers from `first_layer` on leave out the middle of the map, which matters little there.
 
     The paper finds the layer per model by a gradient probe; without one half of the layers are dense, as for
@@ -22,20 +22,12 @@ class TriangleMix:
 
     name: ClassVar[str] = "triangle_mix"
     paper: ClassVar[str] = "https://arxiv.org/abs/2507.21526"
-    acts_at: ClassVar[Literal["prefill"]] = "prefill"
-    needs_query: ClassVar[bool] = False
-    needs_whole_item: ClassVar[bool] = False
-    count: ClassVar[Literal["bound"]] = "bound"
-    trained_weights: ClassVar[bool] = False
 
     first_layer: int | None = whole(None, 0, 1024, "the first sparse layer; -: the upper half is sparse")
     sink: int = sink_slots(128)
     local: int = local_slots(4096)
     local_frames: int = frames_instead()
     bottom: int = last_rows()
-
-    def __post_init__(self) -> None:
-        check_values(self)
 
     @classmethod
     def everything(cls) -> Self:

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch.nn import functional
 
-from mmserve.attention.base import ChunkView
+from mmserve.attention.base import AttentionPattern, ChunkView
 from mmserve.attention.patterns.assemble import (
     Lists,
     RowBlocks,
@@ -24,11 +24,11 @@ from mmserve.attention.patterns.scores import block_size, products
 from mmserve.kernels import pattern_index
 from mmserve.kernels.pattern_index.naive import pool_rows
 from mmserve.kernels.prefill_attention import AttentionIndex
-from mmserve.pruning.settings import check_values, number, whole
+from mmserve.pruning.settings import number, whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VecAttention:
+class VecAttention(AttentionPattern):
     """A block of rows shares single keys: those whose weight is near the largest of the keys around them.
 
     A key stays where its score with the mean query is at least the largest of its `tile_keys` keys plus
@@ -42,17 +42,10 @@ class VecAttention:
     name: ClassVar[str] = "vecattention"
     paper: ClassVar[str] = "https://arxiv.org/abs/2603.29494"
     acts_at: ClassVar[Literal["prefill", "decode_step"]] = "prefill"
-    needs_query: ClassVar[bool] = False
-    needs_whole_item: ClassVar[bool] = False
-    count: ClassVar[Literal["exact", "bound"]] = "bound"
-    trained_weights: ClassVar[bool] = False
 
     threshold: float = number(0.8, 0, 1, "the share of the largest weight of its tile that a key needs")
     tile_keys: int = whole(256, 0, 1 << 30, "keys of a tile; 0: all are one")
     block: int = block_size(64, "rows that share their keys, and keys that are always seen")
-
-    def __post_init__(self) -> None:
-        check_values(self)
 
     @classmethod
     def everything(cls) -> Self:

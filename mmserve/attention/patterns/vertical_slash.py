@@ -8,11 +8,11 @@ from typing import ClassVar, Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from mmserve.attention.base import ChunkView
+from mmserve.attention.base import AttentionPattern, ChunkView
 from mmserve.attention.patterns.assemble import Lists, RowBlocks, assemble, listed, row_blocks
 from mmserve.attention.patterns.scores import PROBE_ROWS, largest, last_rows, probe
 from mmserve.kernels.prefill_attention import AttentionIndex
-from mmserve.pruning.settings import check_values, whole
+from mmserve.pruning.settings import whole
 
 BLOCK = 64  # rows that share what they see
 SINK, NEAREST = 30, 100  # keys and diagonals that are always seen
@@ -30,7 +30,7 @@ class Slashes(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VerticalSlash:
+class VerticalSlash(AttentionPattern):
     """Rows see the `vertical` keys and `slash` diagonals with most weight in the chunk's last 64 rows.
 
     Algorithm 1. As in the authors' code the first 30 keys and the nearest 100 diagonals are always seen,
@@ -42,16 +42,9 @@ class VerticalSlash:
     name: ClassVar[str] = "vertical_slash"
     paper: ClassVar[str] = "https://arxiv.org/abs/2407.02490"
     acts_at: ClassVar[Literal["prefill", "decode_step"]] = "prefill"
-    needs_query: ClassVar[bool] = False
-    needs_whole_item: ClassVar[bool] = False
-    count: ClassVar[Literal["bound"]] = "bound"
-    trained_weights: ClassVar[bool] = False
 
     vertical: int = whole(1000, SINK, MAX_LINES, "how many columns")
     slash: int = whole(1024, NEAREST, MAX_LINES, "how many diagonals")
-
-    def __post_init__(self) -> None:
-        check_values(self)
 
     @classmethod
     def everything(cls) -> Self:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mmserve.attention.base import ChunkView
+from mmserve.attention.base import AttentionPattern, ChunkView
 from mmserve.attention.patterns.assemble import from_blocks, row_blocks, row_order
 from mmserve.attention.patterns.scores import block_size, fewest, products
 from mmserve.errors import BadRequest
@@ -48,7 +48,7 @@ def _check_thresholds(name: str, value: object) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class XAttention:
+class XAttention(AttentionPattern):
     """Each block of rows sees the fewest blocks of keys whose antidiagonal sums hold the share `threshold`.
 
     Algorithm 1: cells of `stride` rows and keys; the sum of a cell's antidiagonal is one product of rows
@@ -64,10 +64,6 @@ class XAttention:
     name: ClassVar[str] = "xattention"
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.16428"
     acts_at: ClassVar[Literal["prefill", "decode_step"]] = "prefill"
-    needs_query: ClassVar[bool] = False
-    needs_whole_item: ClassVar[bool] = False
-    count: ClassVar[Literal["exact", "bound"]] = "bound"
-    trained_weights: ClassVar[bool] = False
 
     threshold: float = number(0.9, 0, 1, "the share of the antidiagonal sums that is seen")
     stride: int = setting(16, "rows and keys of a cell, whose antidiagonal is summed", _check_stride)

@@ -6,21 +6,21 @@ Knows nothing about pages or models.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from mmserve.attention.base import ChunkView
+from mmserve.attention.base import AttentionPattern, ChunkView
 from mmserve.attention.patterns.assemble import row_order
 from mmserve.kernels import pattern_index
 from mmserve.kernels.prefill_attention import AttentionIndex
 from mmserve.kernels.prefill_attention.index import TILE_FIELDS
-from mmserve.pruning.settings import check_values, number, whole
+from mmserve.pruning.settings import number, whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ZipVL:
+class ZipVL(AttentionPattern):
     """Important slots see the important ones before them.
 
     They are as many as it takes to get `mass` of the attention of some probe rows, and those that get most by
@@ -34,18 +34,10 @@ class ZipVL:
 
     name: ClassVar[str] = "zipvl"
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.08584"
-    acts_at: ClassVar[Literal["prefill"]] = "prefill"
-    needs_query: ClassVar[bool] = False
-    needs_whole_item: ClassVar[bool] = False
-    count: ClassVar[Literal["bound"]] = "bound"
-    trained_weights: ClassVar[bool] = False
 
     mass: float = number(0.975, 0, 1, "the share of the attention that important slots get", low_open=True)
     # more are not one call of the kernel
     probes: int = whole(16, 1, 64, "how many of the last rows of a chunk are asked, and as many others")
-
-    def __post_init__(self) -> None:
-        check_values(self)
 
     @classmethod
     def everything(cls) -> Self:

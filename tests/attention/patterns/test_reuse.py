@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import pytest
 
-from mmserve.attention.base import ChunkView, PatternMemory, make_pattern
+from mmserve.attention.base import AttentionPattern, ChunkView, PatternMemory, make_pattern
 from mmserve.attention.patterns.reuse import reused_index
 from mmserve.attention.patterns.tri_shape import TriShape
 from mmserve.errors import BadRequest
@@ -16,16 +16,11 @@ from tests.attention.patterns.chunks import chunk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Looking:
+class Looking(AttentionPattern):
     """Notes the layers in which it is asked."""
 
     name: ClassVar[str] = "looking"
     paper: ClassVar[str] = ""
-    acts_at: ClassVar[Literal["prefill"]] = "prefill"
-    needs_query: ClassVar[bool] = False
-    needs_whole_item: ClassVar[bool] = False
-    count: ClassVar[Literal["bound"]] = "bound"
-    trained_weights: ClassVar[bool] = False
 
     asked: list[int] = field(default_factory=list)
 

@@ -36,6 +36,7 @@ Geometry = Annotated[
 Threads = Annotated[
     int | None, typer.Option(help="Threads of either side; by default all cores.", min=1, metavar="N")
 ]
+Seed = Annotated[int, typer.Option(help="Another seed, other weights and videos.", min=0, metavar="N")]
 CacheDir = Annotated[
     Path | None,
     typer.Option(help="Where what is made is kept; by default the user's cache.", file_okay=False),
@@ -78,9 +79,7 @@ def engine(
         ),
     ] = 4,
     threads: Threads = None,
-    seed: Annotated[
-        int, typer.Option(help="Another seed, other weights and videos.", min=0, metavar="N")
-    ] = 0,
+    seed: Seed = 0,
     cache_dir: CacheDir = None,
     json_out: JsonOut = None,
 ) -> None:
@@ -202,9 +201,7 @@ def carriers(
     ] = "32,512",
     rounds: Annotated[int, typer.Option(help="Paired runs of either video.", min=1, metavar="N")] = 5,
     threads: Threads = None,
-    seed: Annotated[
-        int, typer.Option(help="Another seed, other weights and videos.", min=0, metavar="N")
-    ] = 0,
+    seed: Seed = 0,
     cache_dir: CacheDir = None,
     json_out: JsonOut = None,
 ) -> None:
@@ -287,9 +284,7 @@ def encode(
         ),
     ] = None,
     rounds: Annotated[int, typer.Option(help="Paired runs of either part.", min=1, metavar="N")] = 7,
-    seed: Annotated[
-        int, typer.Option(help="Another seed, other weights and videos.", min=0, metavar="N")
-    ] = 0,
+    seed: Seed = 0,
     cache_dir: CacheDir = None,
     json_out: JsonOut = None,
 ) -> None:

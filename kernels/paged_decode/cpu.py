@@ -21,6 +21,12 @@ MAX_HEAD_DIM = 256
 FAILURES = {1: "no memory for partial results", 2: "a run leaves the arrays, or a head has no slot"}
 
 
+def fits(q: Tensor, kv_heads: int) -> bool:
+    """Whether the compiled kernels take these queries [B, Hq, d]."""
+    q_heads, d = q.shape[1:]
+    return q.dtype in NATIVE_TYPES and d % 8 == 0 and d <= MAX_HEAD_DIM and q_heads <= MAX_GROUP * kv_heads
+
+
 def paged_decode(
     q: Tensor,
     k: Tensor,
@@ -54,8 +60,7 @@ def paged_decode(
     batch, q_heads, d = q.shape
     kv_heads = (len(run_begin) - 1) // batch
     kernel = _kernel()
-    fits = q.dtype in NATIVE_TYPES and d % 8 == 0 and d <= MAX_HEAD_DIM and q_heads <= MAX_GROUP * kv_heads
-    if kernel is None or not fits:
+    if kernel is None or not fits(q, kv_heads):
         return _torch_decode(q, k, v, run_first, run_length, run_begin, scale, out)
     pointers = (tensor.data_ptr() for tensor in tensors)
     sizes = (batch, q_heads, kv_heads, d, len(k))

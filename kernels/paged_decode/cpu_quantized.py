@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mmserve.kernels import native
-from mmserve.kernels.paged_decode.cpu import FAILURES, MAX_GROUP, MAX_HEAD_DIM, NATIVE_TYPES, SOURCE
+from mmserve.kernels.paged_decode.cpu import FAILURES, SOURCE, fits
 from mmserve.kernels.paged_decode.naive_pages import PageScales, read_pages
 
 _KINDS = {torch.int8: 0, torch.uint8: 1, torch.float8_e4m3fn: 2}
@@ -51,8 +51,7 @@ def paged_decode_quantized(
     kv_heads = (len(run_begin) - 1) // batch
     assert k_newest.shape == v_newest.shape == (len(k_newest), d), "newest slots are [slots, d]"
     kernel = _kernel()
-    fits = q.dtype in NATIVE_TYPES and d % 8 == 0 and d <= MAX_HEAD_DIM and q_heads <= MAX_GROUP * kv_heads
-    if kernel is None or not fits or scales.k_scale.dtype is not torch.float16:
+    if kernel is None or not fits(q, kv_heads) or scales.k_scale.dtype is not torch.float16:
         runs = run_first, run_length, run_begin
         return _torch_decode(q, k_pages, v_pages, scales, k_newest, v_newest, *runs, scale, out)
     pages, page_size = k_pages.shape[:2]
